@@ -1,0 +1,17 @@
+//! The course of a migration, pure: state and event in, state and effects out. No IO, no clock, no randomness.
+//!
+//! The coordinator persists the new state *before* it performs the effects, so a coordinator that dies leaves a
+//! record from which another one performs the same effects again under the same step numbers.
+
+mod converge;
+mod effect;
+mod machine;
+mod phase;
+mod record;
+pub mod timing;
+
+pub use converge::{Decision, decide, predicted};
+pub use effect::{Effect, Persistence, Success};
+pub use machine::{Event, IllegalEvent, Transition};
+pub use phase::Phase;
+pub use record::{Facts, Leftover, Migration, Outcome, Span};

@@ -1,0 +1,331 @@
+//! The state machine: `step(event) -> (new record, effects)`.
+//!
+//! What always holds, whatever fails, is lost, repeated or restarted:
+//! - the container runs in at most one place: the target is asked to restore only while the source is frozen and
+//!   held, and the source is thawed only when the target has confirmed that it does not run there, if a restore
+//!   was ever asked for;
+//! - the source is ended only in a record whose phase is [`Phase::Commit`], which is entered only from `Verify`;
+//! - every effect that was *asked for* is undone, whether or not its answer came.
+//!
+//! An effect is asked for when it is in the record that was written, so performing it may come after a restart.
+
+use std::collections::BTreeSet;
+
+use haulage_protocol::fault::{Fault, code};
+use haulage_protocol::id::{CoordinatorId, Epoch, Round, Step};
+use haulage_protocol::job::Job;
+use haulage_protocol::secret::Token;
+use haulage_protocol::unit::Micros;
+use haulage_protocol::version::Version;
+
+use crate::converge::{Decision, decide};
+use crate::effect::{Effect, Success};
+use crate::phase::Phase;
+use crate::record::{Facts, Leftover, Migration, Outcome, Span};
+
+/// What a driver tells the machine.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// An effect succeeded.
+    Done(Step, Success),
+    /// An effect failed, or its answer never came.
+    Failed(Step, Fault),
+    /// An operator wants it undone.
+    Cancelled,
+    /// Another coordinator takes over: every pending effect is to be performed again under its number.
+    TakenOver(CoordinatorId),
+}
+
+/// An event that makes no sense in the state. The record is unchanged.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum IllegalEvent {
+    /// The answer does not belong to the effect.
+    #[error("step {step} is {effect}, which cannot give that answer")]
+    WrongAnswer {
+        /// The step.
+        step: Step,
+        /// What was asked under it.
+        effect: Effect,
+    },
+    /// It is too late to cancel.
+    #[error("the migration is in phase {0} and can no longer be cancelled")]
+    NotCancellable(Phase),
+}
+
+/// The new record, to be persisted, and then the effects, to be performed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Transition {
+    /// The whole new state.
+    pub next: Migration,
+    /// What to do once it is persisted. All of it is in `next.pending`.
+    pub effects: Vec<(Step, Effect)>,
+}
+
+impl Migration {
+    /// A migration that was just accepted, and its first effects.
+    #[must_use]
+    pub fn accept(job: Job, token: Token, owner: CoordinatorId, now: Micros) -> Transition {
+        let mut next = Self {
+            version: Version::CURRENT,
+            facts: Facts { source: job.from.clone(), ..Facts::default() },
+            job,
+            phase: Phase::Locate,
+            epoch: Epoch(1),
+            owner,
+            last_step: Step(0),
+            pending: Default::default(),
+            attempted: BTreeSet::new(),
+            token,
+            fault: None,
+            outcome: None,
+            leftovers: Vec::new(),
+            began: now,
+            phases: Vec::new(),
+            spans: Vec::new(),
+        };
+        let effects = next.enter(Phase::Locate, now);
+        Transition { next, effects }
+    }
+
+    /// Applies an event at time `now` (microseconds since the Unix epoch). An answer to a step that is not
+    /// pending is a repetition and changes nothing.
+    ///
+    /// # Errors
+    /// [`IllegalEvent`]; the record is unchanged.
+    pub fn step(&self, event: Event, now: Micros) -> Result<Transition, IllegalEvent> {
+        let mut next = self.clone();
+        let effects = match event {
+            Event::Done(step, success) => match next.answered(step, now) {
+                None => Vec::new(),
+                Some(effect) => {
+                    next.learn(step, effect, success)?;
+                    next.advance(now)
+                }
+            },
+            Event::Failed(step, fault) => match next.answered(step, now) {
+                None => Vec::new(),
+                Some(effect) => {
+                    next.note_failure(effect, fault);
+                    next.advance(now)
+                }
+            },
+            Event::Cancelled => {
+                if !next.phase.is_revocable() {
+                    return Err(IllegalEvent::NotCancellable(next.phase));
+                }
+                next.fault.get_or_insert_with(|| Fault::new(code::CANCELLED, "cancelled by an operator"));
+                next.advance(now)
+            }
+            Event::TakenOver(owner) => {
+                next.epoch = Epoch(next.epoch.0.saturating_add(1));
+                next.owner = owner;
+                next.pending.iter().map(|(step, effect)| (*step, *effect)).collect()
+            }
+        };
+        Ok(Transition { next, effects })
+    }
+
+    fn answered(&mut self, step: Step, now: Micros) -> Option<Effect> {
+        let effect = self.pending.remove(&step)?;
+        let open = self.spans.iter_mut().rev().find(|span| span.effect == effect && span.to.is_none());
+        if let Some(span) = open {
+            span.to = Some(now);
+        }
+        Some(effect)
+    }
+
+    fn note_failure(&mut self, effect: Effect, fault: Fault) {
+        if self.phase.is_revocable() {
+            self.fault.get_or_insert(fault);
+        } else {
+            self.leftovers.push(Leftover { effect, fault });
+        }
+    }
+
+    fn learn(&mut self, step: Step, effect: Effect, success: Success) -> Result<(), IllegalEvent> {
+        let facts = &mut self.facts;
+        match (effect, success) {
+            (Effect::Locate, Success::Located(host, located)) => {
+                facts.source = Some(host);
+                // By its id from here on: a name can pass to another container.
+                if let Some(id) = located.container {
+                    self.job.container = id.to_string();
+                }
+            }
+            (Effect::Inspect, Success::Inspected(inspected)) => facts.inspected = Some(*inspected),
+            (Effect::Check, Success::Checked(checked)) => facts.checked = Some(checked),
+            (Effect::PushImage, Success::Pushed(pushed)) => facts.pushed = Some(pushed),
+            (Effect::PullImage, Success::Pulled(pulled)) => facts.pulled = Some(pulled),
+            (Effect::Create, Success::Created(created)) => facts.created = Some(created),
+            (Effect::OpenPages, Success::PagesOpened(opened)) => facts.pages = Some(opened),
+            (Effect::OpenFiles, Success::FilesOpened(opened)) => facts.files = Some(opened),
+            (Effect::SyncFiles | Effect::SyncFrozen | Effect::ShipImages, Success::Synced(synced)) => {
+                facts.passes.push(synced);
+            }
+            (Effect::StartTracking, Success::Tracking(tracking)) => facts.tracking = Some(tracking),
+            (Effect::RunRound(_), Success::Round(report)) => facts.rounds.push(report),
+            (Effect::Freeze, Success::Frozen(frozen)) => facts.frozen = Some(frozen),
+            (Effect::Dump, Success::Dumped(dumped)) => facts.dumped = Some(dumped),
+            (Effect::FinalRound, Success::Final(report)) => facts.last_round = Some(report),
+            (Effect::Restore, Success::Restored(restored)) => facts.restored = Some(restored),
+            (Effect::Verify, Success::Verified(_)) => {}
+            (Effect::RollBackSource, Success::RolledBack(rolled_back)) => {
+                facts.thawed_at = rolled_back.thawed_at
+            }
+            (
+                Effect::AcquireLease
+                | Effect::ConfirmHold
+                | Effect::ConfirmLease
+                | Effect::CommitSource
+                | Effect::Adopt
+                | Effect::UndoTarget
+                | Effect::CloseSourcePages
+                | Effect::CloseTargetPages
+                | Effect::CloseSourceFiles
+                | Effect::CloseTargetFiles
+                | Effect::ReleaseLease,
+                Success::Unit,
+            ) => {}
+            (effect, _) => return Err(IllegalEvent::WrongAnswer { step, effect }),
+        }
+        Ok(())
+    }
+
+    /// Moves on while nothing is pending; parallel effects are always waited for, also when one has failed, so
+    /// that undo never races with what it undoes.
+    fn advance(&mut self, now: Micros) -> Vec<(Step, Effect)> {
+        while self.pending.is_empty() && self.phase != Phase::Done {
+            let effects = match self.following() {
+                Following::Stay(effect) => vec![self.ask(effect, now)],
+                Following::Enter(phase) => self.enter(phase, now),
+            };
+            if !effects.is_empty() {
+                return effects;
+            }
+        }
+        Vec::new()
+    }
+
+    fn following(&self) -> Following {
+        use Following::{Enter, Stay};
+        if self.phase.is_revocable() && self.fault.is_some() {
+            return Enter(Phase::Fence);
+        }
+        match self.phase {
+            Phase::Locate => Enter(Phase::Inspect),
+            Phase::Inspect => Enter(Phase::Check),
+            Phase::Check => Enter(Phase::Reserve),
+            Phase::Reserve => Enter(Phase::Image),
+            // Two effects, one after the other: the target takes out what the source has put in.
+            Phase::Image if self.image_is_missing() && !self.attempted.contains(&Effect::PullImage) => {
+                Stay(Effect::PullImage)
+            }
+            Phase::Image => Enter(Phase::Create),
+            Phase::Create => Enter(Phase::Open),
+            Phase::Open => Enter(Phase::Files),
+            Phase::Files => Enter(Phase::Track),
+            Phase::Track => Enter(Phase::PreCopy),
+            Phase::PreCopy if !self.is_tracked() => Enter(Phase::Freeze),
+            Phase::PreCopy => match decide(&self.facts.rounds, &self.job.options) {
+                Decision::Again => Stay(Effect::RunRound(self.next_round())),
+                Decision::Freeze => Enter(Phase::Freeze),
+            },
+            Phase::Freeze => Enter(Phase::Switch),
+            Phase::Switch => Enter(Phase::Ship),
+            Phase::Ship => Enter(Phase::Restore),
+            Phase::Restore => Enter(Phase::Verify),
+            Phase::Verify => Enter(Phase::Commit),
+            Phase::Fence => Enter(Phase::Resume),
+            Phase::Commit | Phase::Resume => Enter(Phase::Clean),
+            Phase::Clean => Enter(Phase::Release),
+            Phase::Release | Phase::Done => Enter(Phase::Done),
+        }
+    }
+
+    fn enter(&mut self, phase: Phase, now: Micros) -> Vec<(Step, Effect)> {
+        self.phase = phase;
+        let effects = self.effects_of(phase);
+        // A phase with nothing to do, such as fencing a target that was never asked to restore, leaves no mark.
+        if !effects.is_empty() || phase == Phase::Done {
+            self.phases.push((phase, now));
+        }
+        if phase == Phase::Commit {
+            self.outcome = Some(Outcome::Committed);
+        }
+        if phase == Phase::Done {
+            self.outcome.get_or_insert(Outcome::RolledBack);
+        }
+        effects.into_iter().map(|effect| self.ask(effect, now)).collect()
+    }
+
+    fn ask(&mut self, effect: Effect, now: Micros) -> (Step, Effect) {
+        self.last_step = Step(self.last_step.0.saturating_add(1));
+        self.pending.insert(self.last_step, effect);
+        self.attempted.insert(effect);
+        self.spans.push(Span { effect, from: now, to: None });
+        (self.last_step, effect)
+    }
+
+    fn effects_of(&self, phase: Phase) -> Vec<Effect> {
+        match phase {
+            Phase::Locate => vec![Effect::Locate],
+            Phase::Inspect => vec![Effect::Inspect],
+            Phase::Check => vec![Effect::Check],
+            Phase::Reserve => vec![Effect::AcquireLease],
+            Phase::Image if self.image_is_missing() => vec![Effect::PushImage],
+            Phase::Image | Phase::Done => Vec::new(),
+            Phase::Create => vec![Effect::Create],
+            Phase::Open => vec![Effect::OpenPages, Effect::OpenFiles],
+            Phase::Files => vec![Effect::SyncFiles],
+            Phase::Track => vec![Effect::StartTracking],
+            Phase::PreCopy if self.is_tracked() => vec![Effect::RunRound(self.next_round())],
+            Phase::PreCopy => Vec::new(),
+            Phase::Freeze => vec![Effect::Freeze],
+            Phase::Switch => vec![Effect::Dump, Effect::FinalRound, Effect::SyncFrozen],
+            Phase::Ship => vec![Effect::ShipImages],
+            Phase::Restore => vec![Effect::Restore],
+            Phase::Verify => vec![Effect::Verify, Effect::ConfirmHold, Effect::ConfirmLease],
+            Phase::Commit => vec![Effect::CommitSource, Effect::Adopt],
+            Phase::Fence if self.attempted.contains(&Effect::Restore) => vec![Effect::UndoTarget],
+            Phase::Resume if self.must_undo(Effect::RollBackSource) => vec![Effect::RollBackSource],
+            Phase::Fence | Phase::Resume => Vec::new(),
+            Phase::Clean => self.cleaning(),
+            Phase::Release if self.must_undo(Effect::ReleaseLease) => vec![Effect::ReleaseLease],
+            Phase::Release => Vec::new(),
+        }
+    }
+
+    /// Both ends of a migration, good or bad, close the sessions; only a bad one has the target undone.
+    fn cleaning(&self) -> Vec<Effect> {
+        let closing = [
+            Effect::CloseSourcePages,
+            Effect::CloseTargetPages,
+            Effect::CloseSourceFiles,
+            Effect::CloseTargetFiles,
+        ];
+        let undo_target = (self.outcome != Some(Outcome::Committed)).then_some(Effect::UndoTarget);
+        let wanted = undo_target.into_iter().chain(closing);
+        wanted.filter(|effect| self.must_undo(*effect) && !self.attempted.contains(effect)).collect()
+    }
+
+    fn must_undo(&self, undo: Effect) -> bool {
+        self.attempted.iter().any(|effect| effect.undo() == Some(undo))
+    }
+
+    fn image_is_missing(&self) -> bool {
+        self.facts.checked.as_ref().is_some_and(|checked| !checked.image_present)
+    }
+
+    fn is_tracked(&self) -> bool {
+        self.facts.tracking.as_ref().is_some_and(|tracking| tracking.tracker != "none")
+    }
+
+    fn next_round(&self) -> Round {
+        Round(u32::try_from(self.facts.rounds.len()).unwrap_or(u32::MAX))
+    }
+}
+
+enum Following {
+    Stay(Effect),
+    Enter(Phase),
+}

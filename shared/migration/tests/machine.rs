@@ -1,0 +1,382 @@
+//! Whole migrations against a simulated world in which anything fails, gets lost, is repeated or is restarted.
+//! The world checks after every effect that the container runs in at most one place, and at the end that it runs
+//! in exactly one and that nothing is left on the other side.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+use std::collections::BTreeSet;
+
+use haulage_migration::{Effect, Event, Migration, Outcome, Persistence, Phase, Success, Transition};
+use haulage_protocol::checkpointer::{Dumped, Frozen, Inspected, Located, RolledBack};
+use haulage_protocol::fault::{Fault, code};
+use haulage_protocol::id::{CoordinatorId, HostId, MigrationId, Step};
+use haulage_protocol::job::{Job, Options};
+use haulage_protocol::page_shipper::{FinalReport, PagesOpened, RoundReport, TrackingStarted};
+use haulage_protocol::restorer::{Checked, Created, Restored, Verified};
+use haulage_protocol::secret::Token;
+use haulage_protocol::syncer::{FilesOpened, FilesSynced, ImagePulled, ImagePushed};
+use haulage_protocol::unit::{Bytes, Micros, Pages};
+use haulage_protocol::version::Version;
+use proptest::prelude::*;
+use proptest::test_runner::TestRng;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Running,
+    Frozen,
+    Held,
+    Gone,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Target {
+    Absent,
+    Created,
+    Running,
+    Adopted,
+}
+
+#[derive(Debug)]
+struct World {
+    source: Source,
+    target: Target,
+    open: BTreeSet<&'static str>,
+    leased: bool,
+    done: BTreeSet<Step>,
+    image_present: bool,
+    tracker: &'static str,
+}
+
+impl World {
+    /// Performs an effect as the services would: idempotent, and refusing what makes no sense.
+    fn perform(&mut self, step: Step, effect: Effect, record: &Migration) -> Result<Success, Fault> {
+        let again = !self.done.insert(step);
+        let out_of_order = |what: &str| Err(Fault::new(code::OUT_OF_ORDER, what.to_owned()));
+        match effect {
+            Effect::AcquireLease => self.leased = true,
+            Effect::ReleaseLease => self.leased = false,
+            Effect::Create if !again => self.target = Target::Created,
+            Effect::OpenPages => drop(self.open.insert("target pages")),
+            Effect::OpenFiles => drop(self.open.insert("target files")),
+            Effect::SyncFiles => drop(self.open.insert("source files")),
+            Effect::StartTracking => drop(self.open.insert("source pages")),
+            Effect::Freeze if self.source == Source::Running => self.source = Source::Frozen,
+            Effect::Dump => match self.source {
+                Source::Frozen | Source::Held => self.source = Source::Held,
+                _ => return out_of_order("dump of a container that is not frozen"),
+            },
+            Effect::FinalRound | Effect::SyncFrozen => assert_ne!(self.source, Source::Running, "{effect}"),
+            Effect::Restore if !again => {
+                // A hold may be lost unnoticed until it is confirmed, but nothing thaws the source by itself.
+                assert!(
+                    matches!(self.source, Source::Held | Source::Frozen),
+                    "restored while the source runs"
+                );
+                self.target = Target::Running;
+            }
+            Effect::ConfirmHold if self.source != Source::Held => {
+                return Err(Fault::new(code::HOLD_LOST, "not held"));
+            }
+            Effect::CommitSource => {
+                assert_eq!(record.phase, Phase::Commit, "the source ended without a recorded commit");
+                assert!(matches!(self.target, Target::Running | Target::Adopted), "ended, with no target");
+                self.source = Source::Gone;
+            }
+            Effect::Adopt => self.target = Target::Adopted,
+            Effect::UndoTarget => {
+                assert_ne!(self.target, Target::Adopted);
+                self.target = Target::Absent;
+            }
+            Effect::RollBackSource => {
+                assert_ne!(self.source, Source::Gone);
+                self.source = Source::Running;
+            }
+            Effect::CloseSourcePages => drop(self.open.remove("source pages")),
+            Effect::CloseTargetPages => drop(self.open.remove("target pages")),
+            Effect::CloseSourceFiles => drop(self.open.remove("source files")),
+            Effect::CloseTargetFiles => drop(self.open.remove("target files")),
+            _ => {}
+        }
+        let runs_on_target = matches!(self.target, Target::Running | Target::Adopted);
+        assert!(!(self.source == Source::Running && runs_on_target), "two running copies after {effect}");
+        Ok(self.success(effect))
+    }
+
+    fn success(&self, effect: Effect) -> Success {
+        let host = |name: &str| name.parse::<HostId>().unwrap();
+        let id = || "c0ffee".repeat(10).parse().unwrap();
+        let round = |round| RoundReport {
+            round,
+            dirty: Pages(1 << (16 - round.0.min(16))),
+            sent: Pages(0),
+            zero: Pages(0),
+            withheld: Pages(0),
+            wire: Bytes(0),
+            scan: Micros(1),
+            took: Micros(1_000_000),
+        };
+        match effect {
+            Effect::Locate => Success::Located(host("a"), Located { container: Some(id()) }),
+            Effect::Inspect => Success::Inspected(Box::new(Inspected {
+                container: id(),
+                name: "web".into(),
+                spec: serde_json::Value::Null,
+                host: serde_json::Value::Null,
+                image: "sha256:0".into(),
+                cgroup_procs: String::new(),
+                processes: 1,
+                memory: Bytes(0),
+                roots: Vec::new(),
+            })),
+            Effect::Check => Success::Checked(Checked { image_present: self.image_present }),
+            Effect::PushImage => {
+                Success::Pushed(ImagePushed { put: Bytes(0), present: Bytes(0), took: Micros(0) })
+            }
+            Effect::PullImage => Success::Pulled(ImagePulled { read: Bytes(0), took: Micros(0) }),
+            Effect::Create => Success::Created(Created { container: id(), roots: Vec::new() }),
+            Effect::OpenPages => {
+                Success::PagesOpened(PagesOpened { address: String::new(), store: String::new() })
+            }
+            Effect::OpenFiles => Success::FilesOpened(FilesOpened { address: String::new() }),
+            Effect::SyncFiles | Effect::SyncFrozen | Effect::ShipImages => Success::Synced(FilesSynced {
+                entries: 0,
+                sent: 0,
+                deleted: 0,
+                wire: Bytes(0),
+                took: Micros(0),
+            }),
+            Effect::StartTracking => Success::Tracking(TrackingStarted {
+                tracker: self.tracker.into(),
+                reason: None,
+                untracked: Vec::new(),
+            }),
+            Effect::RunRound(n) => Success::Round(round(n)),
+            Effect::Freeze => Success::Frozen(Frozen {
+                at: Micros(0),
+                took: Micros(0),
+                processes: 1,
+                mapped_writable: Vec::new(),
+            }),
+            Effect::Dump => {
+                Success::Dumped(Dumped { images: String::new(), bytes: Bytes(0), took: Micros(0) })
+            }
+            Effect::FinalRound => Success::Final(FinalReport {
+                round: round(Default::default()),
+                total: Pages(0),
+                dropped: Pages(0),
+            }),
+            Effect::Restore => {
+                Success::Restored(Restored { at: Micros(0), merge: Micros(0), start: Micros(0) })
+            }
+            Effect::Verify => Success::Verified(Verified { pid: 1 }),
+            Effect::RollBackSource => Success::RolledBack(RolledBack { thawed_at: None }),
+            _ => Success::Unit,
+        }
+    }
+}
+
+/// How nasty the world is, in percent per decision.
+#[derive(Debug, Clone, Copy)]
+struct Chaos {
+    fail: u32,
+    lose: u32,
+    crash: u32,
+    repeat: u32,
+    cancel: u32,
+    hold: u32,
+}
+
+fn job() -> Job {
+    Job {
+        version: Version::CURRENT,
+        id: MigrationId::generate(),
+        container: "web".into(),
+        from: None,
+        to: "b".parse().unwrap(),
+        options: Options::default(),
+    }
+}
+
+/// Drives one migration to its end through the chaos. The record goes through JSON each time it is persisted.
+fn drive(chaos: Chaos, image_present: bool, tracker: &'static str, rng: &mut TestRng) -> (Migration, World) {
+    let mut world = World {
+        source: Source::Running,
+        target: Target::Absent,
+        open: BTreeSet::new(),
+        leased: false,
+        done: BTreeSet::new(),
+        image_present,
+        tracker,
+    };
+    let mut clock = 0;
+    let mut now = || {
+        clock += 1;
+        Micros(clock)
+    };
+    let roll = |rng: &mut TestRng, percent: u32| rng.random_range(0..100) < percent;
+    let Transition { next, effects } =
+        Migration::accept(job(), Token::generate(), CoordinatorId::generate(), now());
+    let persist = |record: &Migration| serde_json::to_vec(record).unwrap();
+    let mut stored = persist(&next);
+    let mut todo = effects;
+    for turn in 0.. {
+        assert!(turn < 20_000, "the migration never ends");
+        let record: Migration = serde_json::from_slice(&stored).unwrap();
+        if record.is_over() {
+            assert!(record.pending.is_empty());
+            return (record, world);
+        }
+        let event = if roll(rng, chaos.crash) || todo.is_empty() {
+            Event::TakenOver(CoordinatorId::generate())
+        } else if roll(rng, chaos.cancel) {
+            Event::Cancelled
+        } else {
+            if world.source == Source::Held && roll(rng, chaos.hold) {
+                // The checkpointer died: the container is frozen still, but its dump is worthless.
+                world.source = Source::Frozen;
+            }
+            // Parallel effects are answered in any order.
+            let (step, effect) = todo.remove(rng.random_range(0..todo.len()));
+            let may_fail = effect.persistence(record.phase) != Persistence::Insist;
+            if roll(rng, chaos.fail) {
+                if may_fail {
+                    Event::Failed(step, Fault::new(code::INTERNAL, "chaos: refused"))
+                } else {
+                    todo.push((step, effect));
+                    continue;
+                }
+            } else {
+                let result = world.perform(step, effect, &record);
+                if roll(rng, chaos.repeat) {
+                    world.perform(step, effect, &record).ok();
+                }
+                match result {
+                    Ok(_) if roll(rng, chaos.lose) => {
+                        if may_fail {
+                            Event::Failed(step, Fault::new(code::UNREACHABLE, "chaos: answer lost"))
+                        } else {
+                            todo.push((step, effect));
+                            continue;
+                        }
+                    }
+                    Ok(success) => Event::Done(step, success),
+                    Err(fault) => Event::Failed(step, fault),
+                }
+            }
+        };
+        let repeated = roll(rng, chaos.repeat).then(|| event.clone());
+        let taken_over = matches!(event, Event::TakenOver(_));
+        match record.step(event, now()) {
+            Ok(transition) => {
+                stored = persist(&transition.next);
+                if taken_over {
+                    todo = transition.effects;
+                } else {
+                    todo.extend(transition.effects);
+                }
+                if let Some(event @ (Event::Done(..) | Event::Failed(..))) = repeated {
+                    let twice = transition.next.step(event, now()).unwrap();
+                    assert_eq!(twice.next, transition.next, "a repeated answer changed the record");
+                    assert!(twice.effects.is_empty());
+                }
+            }
+            Err(_) => assert!(!record.phase.is_revocable(), "refused in {}", record.phase),
+        }
+    }
+    unreachable!()
+}
+
+fn check_end(record: &Migration, world: &World) {
+    match record.outcome.expect("an outcome") {
+        Outcome::Committed => {
+            assert_eq!((world.source, world.target), (Source::Gone, Target::Adopted));
+        }
+        Outcome::RolledBack => {
+            assert!(record.fault.is_some(), "rolled back without a reason");
+            assert_eq!(world.source, Source::Running);
+            let noted = record.leftovers.iter().any(|left| left.effect == Effect::UndoTarget);
+            assert!(world.target == Target::Absent || (noted && world.target == Target::Created));
+        }
+    }
+    assert!(!world.leased, "the lease was kept");
+    for (what, effect) in [
+        ("source pages", Effect::CloseSourcePages),
+        ("target pages", Effect::CloseTargetPages),
+        ("source files", Effect::CloseSourceFiles),
+        ("target files", Effect::CloseTargetFiles),
+    ] {
+        let noted = record.leftovers.iter().any(|left| left.effect == effect);
+        assert!(!world.open.contains(what) || noted, "{what} left open and not noted");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 3000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn one_running_copy_and_no_leftovers_whatever_happens(
+        fail in 0u32..25, lose in 0u32..25, crash in 0u32..20, repeat in 0u32..30, cancel in 0u32..4, hold in 0u32..5,
+        image_present: bool, tracked: bool, seed: [u8; 32],
+    ) {
+        let mut rng = TestRng::from_seed(proptest::test_runner::RngAlgorithm::ChaCha, &seed);
+        let chaos = Chaos { fail, lose, crash, repeat, cancel, hold };
+        let (record, world) = drive(chaos, image_present, if tracked { "write_protect" } else { "none" }, &mut rng);
+        check_end(&record, &world);
+    }
+}
+
+/// Fails or loses exactly one effect, each in turn: the path of every undo, one by one.
+#[test]
+fn every_single_failure_is_undone() {
+    let calm = Chaos { fail: 0, lose: 0, crash: 0, repeat: 0, cancel: 0, hold: 0 };
+    let mut rng = TestRng::deterministic_rng(proptest::test_runner::RngAlgorithm::ChaCha);
+    let (good, world) = drive(calm, false, "write_protect", &mut rng);
+    assert_eq!(good.outcome, Some(Outcome::Committed));
+    check_end(&good, &world);
+    assert!(good.leftovers.is_empty());
+    let forward: Vec<Effect> = good.attempted.iter().copied().filter(|e| *e < Effect::CommitSource).collect();
+    assert!(forward.len() > 20, "{forward:?}");
+    for victim in forward {
+        for lost in [false, true] {
+            let (record, world) = drive_with_victim(victim, lost);
+            assert_eq!(record.outcome, Some(Outcome::RolledBack), "{victim}");
+            check_end(&record, &world);
+            assert!(record.leftovers.is_empty());
+            assert_eq!(world.target, Target::Absent);
+        }
+    }
+}
+
+fn drive_with_victim(victim: Effect, lost: bool) -> (Migration, World) {
+    let mut world = World {
+        source: Source::Running,
+        target: Target::Absent,
+        open: BTreeSet::new(),
+        leased: false,
+        done: BTreeSet::new(),
+        image_present: false,
+        tracker: "write_protect",
+    };
+    let Transition { mut next, effects: mut todo } =
+        Migration::accept(job(), Token::generate(), CoordinatorId::generate(), Micros(0));
+    while let Some((step, effect)) = todo.pop() {
+        let event = if effect == victim {
+            if lost {
+                world.perform(step, effect, &next).unwrap();
+            }
+            Event::Failed(step, Fault::new(code::UNREACHABLE, "the victim"))
+        } else {
+            Event::Done(step, world.perform(step, effect, &next).unwrap())
+        };
+        let transition = next.step(event, Micros(1)).unwrap();
+        next = transition.next;
+        todo.extend(transition.effects);
+    }
+    (next, world)
+}
+
+#[test]
+fn an_answer_of_another_kind_is_refused() {
+    let Transition { next, effects } =
+        Migration::accept(job(), Token::generate(), CoordinatorId::generate(), Micros(0));
+    assert!(next.step(Event::Done(effects[0].0, Success::Verified(Verified { pid: 1 })), Micros(1)).is_err());
+}

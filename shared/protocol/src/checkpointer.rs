@@ -1,0 +1,158 @@
+//! Requests to the checkpointer: the process state of a container that leaves its host.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::id::ContainerId;
+use crate::rpc::{Rpc, Service};
+use crate::unit::{Bytes, Micros};
+
+macro_rules! rpc {
+    ($request:ty, $service:ident, $verb:literal, $reply:ty) => {
+        impl Rpc for $request {
+            const SERVICE: Service = Service::$service;
+            const VERB: &'static str = $verb;
+            type Reply = $reply;
+        }
+    };
+}
+pub(crate) use rpc;
+
+/// Does this host's engine have that container? Never a fault when it has not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Locate {
+    /// A name, an id, or a unique beginning of an id.
+    pub container: String,
+}
+
+/// The answer to [`Locate`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Located {
+    /// The container's full id, if the host has it.
+    pub container: Option<ContainerId>,
+}
+
+/// Captures what the container is, and refuses with a code and a remedy what cannot move. Changes nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inspect {
+    /// A name, an id, or a unique beginning of an id.
+    pub container: String,
+    /// Bind mounts (paths in the container) that the operator declares to be the same on both hosts.
+    #[serde(default)]
+    pub shared_binds: Vec<String>,
+}
+
+/// What the container is, and where its parts lie on the source host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inspected {
+    /// The container's full id on the source.
+    pub container: ContainerId,
+    /// Its name, without the leading slash.
+    pub name: String,
+    /// Everything that creates it again, as the engine crate's `ContainerSpec`; opaque to the coordinator.
+    pub spec: Value,
+    /// The source host's kernel, CPU and engine, as the engine crate's `HostFacts`; opaque to the coordinator.
+    pub host: Value,
+    /// The image, as the engine's content id (`sha256:…`).
+    pub image: String,
+    /// The file that lists the processes of the container's cgroup.
+    pub cgroup_procs: String,
+    /// The number of processes.
+    pub processes: u32,
+    /// Memory in use, as the cgroup counts it.
+    pub memory: Bytes,
+    /// The directories that the files service carries over.
+    pub roots: Vec<SourceRoot>,
+}
+
+/// A directory or file of the container on the source host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceRoot {
+    /// What it is: `layer`, `log`, `images` or `volume:<name>`. The same on both hosts.
+    pub root: String,
+    /// Where it is on the source host.
+    pub path: String,
+}
+
+/// Freezes the container's cgroup. Afterwards every task of it stands still; on a fault it runs as before.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Freeze {
+    /// The container.
+    pub container: ContainerId,
+}
+
+/// The answer to [`Freeze`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Frozen {
+    /// The time of the freeze on the source host's clock, since the Unix epoch.
+    pub at: Micros,
+    /// How long freezing took, retries for exec sessions included.
+    pub took: Micros,
+    /// The number of processes that were frozen.
+    pub processes: u32,
+    /// Files, as paths in the container, that some process maps shared and writable: their content can change
+    /// without a change of their times, so the last file pass sends them whatever their times say.
+    pub mapped_writable: Vec<String>,
+}
+
+/// Dumps all but the tracked memory of the frozen container, and holds it: tasks stopped, connections locked.
+/// On a fault the container is still frozen and can be rolled back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dump {
+    /// The container.
+    pub container: ContainerId,
+}
+
+/// The answer to [`Dump`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dumped {
+    /// The directory of the CRIU images on the source host.
+    pub images: String,
+    /// Their size.
+    pub bytes: Bytes,
+    /// How long the dump took.
+    pub took: Micros,
+}
+
+/// Asks whether the hold of [`Dump`] still stands: a fault `hold_lost` when it does not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Confirm {}
+
+/// The answer to [`Confirm`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Confirmed {}
+
+/// Ends the container on the source for good: its processes are killed, it is removed with its moved volumes.
+/// Only after the commit was recorded. A fault leaves it frozen or dead, never running; ask again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Commit {
+    /// The container.
+    pub container: ContainerId,
+}
+
+/// The answer to [`Commit`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Committed {}
+
+/// Undoes whatever this service did to the container: it runs on, connections and all. Harmless when nothing
+/// had been done.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RollBack {
+    /// The container.
+    pub container: ContainerId,
+}
+
+/// The answer to [`RollBack`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RolledBack {
+    /// The time of the thaw on the source host's clock, if it had been frozen.
+    pub thawed_at: Option<Micros>,
+}
+
+rpc!(Locate, Checkpointer, "locate", Located);
+rpc!(Inspect, Checkpointer, "inspect", Inspected);
+rpc!(Freeze, Checkpointer, "freeze", Frozen);
+rpc!(Dump, Checkpointer, "dump", Dumped);
+rpc!(Confirm, Checkpointer, "confirm", Confirmed);
+rpc!(Commit, Checkpointer, "commit", Committed);
+rpc!(RollBack, Checkpointer, "roll-back", RolledBack);

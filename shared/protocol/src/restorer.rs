@@ -1,0 +1,108 @@
+//! Requests to the restorer: a container that arrives on its host.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::checkpointer::rpc;
+use crate::id::ContainerId;
+use crate::rpc::{Rpc, Service};
+use crate::syncer::TargetRoot;
+use crate::unit::{Bytes, Micros};
+
+/// Can this host take the container? Refuses with a code and a remedy. Changes nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Check {
+    /// The container (`Inspected::spec`).
+    pub spec: Value,
+    /// The source host (`Inspected::host`).
+    pub source: Value,
+    /// The image's content id.
+    pub image: String,
+    /// Memory in use on the source.
+    pub memory: Bytes,
+}
+
+/// The answer to [`Check`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Checked {
+    /// The engine has the image already.
+    pub image_present: bool,
+}
+
+/// Creates the container, not started: same name and configuration, restart policy `no` until adopted. On a
+/// fault nothing is left of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Create {
+    /// The container (`Inspected::spec`).
+    pub spec: Value,
+}
+
+/// The answer to [`Create`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Created {
+    /// Its id on the target.
+    pub container: ContainerId,
+    /// Where the files service puts what it carries over, the directory of the CRIU images included.
+    pub roots: Vec<TargetRoot>,
+}
+
+/// Joins pages and images and brings the container to life. On a fault it does not run here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Restore {
+    /// The container on the target.
+    pub container: ContainerId,
+    /// The sealed page store (`PagesOpened::store`).
+    pub store: String,
+}
+
+/// The answer to [`Restore`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Restored {
+    /// When the container ran, on the target host's clock, since the Unix epoch.
+    pub at: Micros,
+    /// Joining pages and images.
+    pub merge: Micros,
+    /// The engine's and the runtime's start, CRIU's restore included.
+    pub start: Micros,
+}
+
+/// Is the container running, and are its processes those that were restored?
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verify {
+    /// The container on the target.
+    pub container: ContainerId,
+}
+
+/// The answer to [`Verify`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verified {
+    /// Its first process on the target host.
+    pub pid: i32,
+}
+
+/// After the commit: gives the container its true restart policy and removes what the migration needed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Adopt {
+    /// The container on the target.
+    pub container: ContainerId,
+}
+
+/// The answer to [`Adopt`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Adopted {}
+
+/// Undoes whatever this service made for the migration: container, volumes that it created, armed state, images.
+/// When it has succeeded the container does not run here and cannot start to. Harmless when there is nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Undo {}
+
+/// The answer to [`Undo`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Undone {}
+
+rpc!(Check, Restorer, "check", Checked);
+rpc!(Create, Restorer, "create", Created);
+rpc!(Restore, Restorer, "restore", Restored);
+rpc!(Verify, Restorer, "verify", Verified);
+rpc!(Adopt, Restorer, "adopt", Adopted);
+rpc!(Undo, Restorer, "undo", Undone);
