@@ -1,0 +1,46 @@
+//! `haul`: what an operator types.
+
+mod args;
+mod hosts;
+mod list;
+mod migrate;
+mod output;
+mod progress;
+mod show;
+mod watch;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use haulage_transport::Nats;
+
+use crate::args::{Args, Verb};
+use crate::output::{Failure, report};
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return report(&Failure::Output(error)),
+    };
+    match runtime.block_on(run(args)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => report(&failure),
+    }
+}
+
+async fn run(args: Args) -> Result<(), Failure> {
+    let nats = Nats::connect(&args.nats, "haul").await?;
+    nats.ensure().await?;
+    match args.verb {
+        Verb::Migrate(wanted) => migrate::run(&nats, wanted).await,
+        Verb::Ls(wanted) => list::run(&nats, wanted).await,
+        Verb::Show(wanted) => show::run(&nats, wanted).await,
+        Verb::Watch(wanted) => watch::run(&nats, wanted).await,
+        Verb::Cancel(wanted) => {
+            nats.cancel(&wanted.id).await?;
+            output::line(&format!("migration {} will be rolled back", wanted.id))
+        }
+        Verb::Hosts(wanted) => hosts::run(&nats, wanted).await,
+    }
+}

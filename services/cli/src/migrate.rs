@@ -1,0 +1,74 @@
+//! `haul migrate`.
+
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use haulage_migration::{Migration, Outcome};
+use haulage_protocol::fault::{Fault, code};
+use haulage_protocol::id::MigrationId;
+use haulage_protocol::job::{Job, Options};
+use haulage_protocol::subject;
+use haulage_protocol::version::Version;
+use haulage_transport::{Nats, Table};
+
+use crate::args;
+use crate::output::{Failure, json, line, public};
+use crate::progress::Progress;
+use crate::show;
+
+pub(crate) async fn run(nats: &Nats, wanted: args::Migrate) -> Result<(), Failure> {
+    let id = wanted.id.unwrap_or_else(MigrationId::generate);
+    let job = Job {
+        version: Version::CURRENT,
+        id: id.clone(),
+        container: wanted.container,
+        from: wanted.from,
+        to: wanted.to,
+        options: Options {
+            max_downtime_ms: wanted.max_downtime,
+            max_rounds: wanted.max_rounds,
+            shared_binds: wanted.shared,
+        },
+    };
+    nats.submit(&job).await?;
+    if wanted.detach {
+        return if wanted.json { json(&serde_json::json!({ "id": id })) } else { line(id.as_str()) };
+    }
+    let record = follow(nats, &id, Progress::new(wanted.json)).await?;
+    if wanted.json {
+        json(&public(&record)?)?;
+    } else {
+        line(&show::summary(&record))?;
+    }
+    match (record.outcome, record.fault) {
+        (Some(Outcome::Committed), _) => Ok(()),
+        (_, Some(fault)) => Err(fault.into()),
+        (_, None) => Err(Fault::new(code::INTERNAL, "rolled back without a reason").into()),
+    }
+}
+
+/// Shows progress until the migration is over.
+async fn follow(nats: &Nats, id: &MigrationId, mut progress: Progress) -> Result<Migration, Failure> {
+    let table: Table<Migration> = Table::open(nats, subject::MIGRATIONS).await?;
+    let mut states = table.watch(&subject::migration_key(id)).await?;
+    let mut tick = tokio::time::interval(Duration::from_millis(100));
+    let mut current: Option<Migration> = None;
+    loop {
+        tokio::select! {
+            state = states.next() => {
+                let Some(state) = state else {
+                    let fault = Fault::new(code::UNREACHABLE, "the record can no longer be followed");
+                    return Err(fault.remedy(format!("see `haul show {id}`")).into());
+                };
+                let record = state?;
+                progress.update(&record)?;
+                if record.is_over() {
+                    progress.finish()?;
+                    return Ok(record);
+                }
+                current = Some(record);
+            }
+            _ = tick.tick() => progress.tick(current.as_ref())?,
+        }
+    }
+}

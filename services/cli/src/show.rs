@@ -1,0 +1,162 @@
+//! `haul show`: one migration, whole.
+
+use std::fmt::Write;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use haulage_migration::{Migration, Outcome, timing};
+use haulage_protocol::fault::{Fault, code};
+use haulage_protocol::subject;
+use haulage_protocol::unit::{Bytes, Micros};
+use haulage_transport::{Nats, Table};
+
+use crate::args;
+use crate::list;
+use crate::output::{Failure, clock, fault_lines, json, line, public};
+use crate::progress::rate;
+
+pub(crate) async fn run(nats: &Nats, wanted: args::Show) -> Result<(), Failure> {
+    let record = find(nats, &wanted.id).await?;
+    if wanted.json {
+        return json(&public(&record)?);
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    line(report(&record, Micros::from_duration(now)).trim_end())
+}
+
+async fn find(nats: &Nats, id: &str) -> Result<Migration, Failure> {
+    let unknown = |message| Fault::new(code::UNKNOWN_MIGRATION, message).remedy("see `haul ls`");
+    let table: Table<Migration> = Table::open(nats, subject::MIGRATIONS).await?;
+    if let Ok(id) = id.parse()
+        && let Some((record, _)) = table.get(&subject::migration_key(&id)).await?
+    {
+        return Ok(record);
+    }
+    let mut matching = list::all(nats).await?;
+    matching.retain(|record| record.job.id.as_str().starts_with(id));
+    match <[Migration; 1]>::try_from(matching) {
+        Ok([record]) => Ok(record),
+        Err(several) if several.is_empty() => Err(unknown(format!("no migration is called {id:?}")).into()),
+        Err(several) => Err(unknown(format!("{} migrations begin with {id:?}", several.len())).into()),
+    }
+}
+
+/// One line about how it ended.
+pub(crate) fn summary(record: &Migration) -> String {
+    let name = record.facts.inspected.as_ref().map_or(record.job.container.as_str(), |i| i.name.as_str());
+    let from = record.source().map_or("?", |host| host.as_str());
+    let (to, id) = (&record.job.to, &record.job.id);
+    match record.outcome {
+        Some(Outcome::Committed) => {
+            let split = timing::freeze_split(record).unwrap_or_default();
+            format!("{name} runs on {to} (from {from}), frozen for {}; see haul show {id}", split.total)
+        }
+        Some(Outcome::RolledBack) => format!("{name} was not moved to {to}; see haul show {id}"),
+        None => format!("{name} is on its way from {from} to {to}: {}", record.phase),
+    }
+}
+
+/// Everything that a person wants to know. `now` ends the last phase of a migration that goes on.
+fn report(record: &Migration, now: Micros) -> String {
+    let mut text = String::new();
+    // Writing to a string does not fail.
+    let _infallible = write_report(&mut text, record, now);
+    text
+}
+
+fn write_report(out: &mut String, record: &Migration, now: Micros) -> std::fmt::Result {
+    writeln!(out, "{}", summary(record))?;
+    writeln!(out, "began     {} UTC", clock(record.began))?;
+    if let Some(inspected) = &record.facts.inspected {
+        writeln!(out, "container {} ({})", inspected.container, inspected.name)?;
+        writeln!(out, "image     {}", inspected.image)?;
+        writeln!(out, "memory    {}, {} processes", inspected.memory, inspected.processes)?;
+    }
+    if record.epoch.0 > 1 {
+        writeln!(out, "owners    {} coordinators", record.epoch)?;
+    }
+    let end = record.phases.last().filter(|_| record.is_over()).map_or(now, |(_, at)| *at);
+    writeln!(out, "total     {}", end.since(record.began))?;
+    writeln!(out, "\nphases")?;
+    for (phase, lasted) in timing::phases(record, end) {
+        writeln!(out, "  {phase:<10} {lasted}")?;
+    }
+    write_memory(out, record)?;
+    write_files(out, record)?;
+    write_freeze(out, record)?;
+    writeln!(out, "\noutcome   {}", record.outcome.map_or("under way", Outcome::as_str))?;
+    for line in record.fault.iter().flat_map(fault_lines) {
+        writeln!(out, "{line}")?;
+    }
+    for left in &record.leftovers {
+        writeln!(out, "left behind: {} failed", left.effect)?;
+        for line in fault_lines(&left.fault) {
+            writeln!(out, "  {line}")?;
+        }
+    }
+    Ok(())
+}
+
+fn write_memory(out: &mut String, record: &Migration) -> std::fmt::Result {
+    let Some(tracking) = &record.facts.tracking else { return Ok(()) };
+    writeln!(out, "\nmemory, tracked by {}", tracking.tracker)?;
+    if let Some(reason) = &tracking.reason {
+        writeln!(out, "  because {reason}")?;
+    }
+    for process in &tracking.untracked {
+        writeln!(out, "  process {} is not tracked: {}", process.pid, process.reason)?;
+    }
+    let last = record.facts.last_round.iter();
+    let rounds = record.facts.rounds.iter().map(|round| (round.round.to_string(), round));
+    for (name, round) in rounds.chain(last.clone().map(|last| ("last".to_owned(), &last.round))) {
+        writeln!(
+            out,
+            "  round {name:<5} {:>9} pages dirty {:>9} sent {:>9} zero {:>11} in {:>9} ({})",
+            round.dirty.0,
+            round.sent.0,
+            round.zero.0,
+            round.wire.to_string(),
+            round.took.to_string(),
+            rate(round.wire, round.took),
+        )?;
+    }
+    for last in last {
+        let sent: Bytes = record.facts.rounds.iter().chain([&last.round]).map(|round| round.wire).sum();
+        writeln!(out, "  {} pages ({}) exist, {sent} sent in all", last.total.0, last.total.bytes())?;
+    }
+    Ok(())
+}
+
+fn write_files(out: &mut String, record: &Migration) -> std::fmt::Result {
+    if let (Some(pushed), Some(pulled)) = (&record.facts.pushed, &record.facts.pulled) {
+        let (put, present) = (pushed.put, pushed.present);
+        writeln!(out, "\nimage: {put} put into the bucket, {present} there already, {} read", pulled.read)?;
+    }
+    if !record.facts.passes.is_empty() {
+        writeln!(out, "\nfiles")?;
+    }
+    for pass in &record.facts.passes {
+        let wire = pass.wire.to_string();
+        writeln!(
+            out,
+            "  {:>6} entries {:>6} sent {:>4} deleted {wire:>11} in {}",
+            pass.entries, pass.sent, pass.deleted, pass.took
+        )?;
+    }
+    Ok(())
+}
+
+fn write_freeze(out: &mut String, record: &Migration) -> std::fmt::Result {
+    let Some(split) = timing::freeze_split(record) else { return Ok(()) };
+    writeln!(out, "\nfrozen for {} (dump, last round and files run in parallel)", split.total)?;
+    for (part, took) in [
+        ("freeze", split.freeze),
+        ("dump", split.dump),
+        ("last round", split.last_round),
+        ("files", split.files),
+        ("ship dump", split.ship),
+        ("restore", split.restore),
+    ] {
+        writeln!(out, "  {part:<10} {took}")?;
+    }
+    Ok(())
+}

@@ -1,0 +1,225 @@
+//! Drives one migration: performs effects, tells the machine, persists what it says, performs the next.
+//!
+//! ```text
+//! effect ends -> machine.step -> record written (compare-and-set) -> events published -> next effects begin
+//!                                  | conflict: another coordinator owns it now -> stop at once
+//! ```
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use haulage_migration::{Effect, Event, Migration, Persistence, Success};
+use haulage_protocol::event;
+use haulage_protocol::fault::{Fault, code};
+use haulage_protocol::id::Step;
+use haulage_protocol::job::CancelAnswer;
+use haulage_protocol::version::Version;
+use haulage_service::{chain, now};
+use haulage_transport::nats::HEARTBEAT;
+use haulage_transport::queue::{CancelRequest, Delivery};
+use haulage_transport::{Revision, TableError};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::journal::Owned;
+use crate::{Coordinator, events, perform};
+
+/// Between tries of an effect that is insisted on.
+const BACKOFF: [Duration; 5] = [
+    Duration::from_millis(100),
+    Duration::from_millis(250),
+    Duration::from_millis(500),
+    Duration::from_secs(1),
+    Duration::from_secs(2),
+];
+/// How often an effect that is only attempted is tried.
+const ATTEMPTS: usize = 3;
+
+type Ended = (Step, Result<Success, Fault>);
+
+pub(crate) struct Driver {
+    coordinator: Arc<Coordinator>,
+    record: Migration,
+    revision: Revision,
+    before: Option<Migration>,
+    todo: Vec<(Step, Effect)>,
+    running: JoinSet<Ended>,
+}
+
+/// The record is another coordinator's now.
+struct Lost;
+
+impl Driver {
+    pub(crate) fn new(coordinator: Arc<Coordinator>, owned: Box<Owned>) -> Self {
+        let Owned { record, revision, effects, before } = *owned;
+        Self { coordinator, record, revision, before, todo: effects, running: JoinSet::new() }
+    }
+
+    /// Drives the migration to its end (`true`), or until `stop` or until another coordinator has taken it over
+    /// (`false`). Dropping the effects that are under way is harmless: they are asked for again.
+    pub(crate) async fn run(
+        mut self,
+        delivery: &Delivery,
+        stop: CancellationToken,
+    ) -> Result<bool, TableError> {
+        let mut cancellations = self.coordinator.nats.cancellations(&self.record.job.id).await?;
+        let mut heartbeat = tokio::time::interval(HEARTBEAT);
+        let first = self.before.take();
+        self.publish(first.as_ref()).await;
+        self.begin_effects();
+        while !self.record.is_over() {
+            let moved = tokio::select! {
+                () = stop.cancelled() => return Ok(false),
+                _ = heartbeat.tick() => {
+                    if let Err(error) = delivery.heartbeat().await {
+                        tracing::warn!(migration = %self.record.job.id, error = %chain(&error), "no heartbeat");
+                    }
+                    continue;
+                }
+                Some(request) = cancellations.next() => self.cancel(request).await,
+                Some(ended) = self.running.join_next() => match ended {
+                    Ok(ended) => self.ended(ended).await,
+                    Err(error) => {
+                        // Performing panicked: a defect. The record stands; a takeover would meet it again.
+                        tracing::error!(migration = %self.record.job.id, %error, "an effect was lost");
+                        return Ok(false);
+                    }
+                },
+            };
+            if let Err(Lost) = moved {
+                tracing::warn!(migration = %self.record.job.id, "another coordinator has taken it over");
+                return Ok(false);
+            }
+        }
+        tracing::info!(
+            migration = %self.record.job.id,
+            outcome = self.record.outcome.map_or("none", haulage_migration::Outcome::as_str),
+            "over"
+        );
+        Ok(true)
+    }
+
+    async fn ended(&mut self, (step, result): Ended) -> Result<(), Lost> {
+        let event = match result {
+            Ok(success) => Event::Done(step, success),
+            Err(fault) if fault.code == code::STALE_EPOCH => return Err(Lost),
+            Err(fault) => {
+                tracing::warn!(migration = %self.record.job.id, %step, %fault, "an effect failed");
+                Event::Failed(step, fault)
+            }
+        };
+        match self.record.step(event, now()) {
+            Ok(transition) => self.adopt(transition.next, transition.effects).await,
+            Err(illegal) => {
+                let fault = Fault::new(code::INTERNAL, "an answer of the wrong kind").because(&illegal);
+                match self.record.step(Event::Failed(step, fault), now()) {
+                    Ok(transition) => self.adopt(transition.next, transition.effects).await,
+                    Err(_) => Err(Lost),
+                }
+            }
+        }
+    }
+
+    async fn cancel(&mut self, request: CancelRequest) -> Result<(), Lost> {
+        if let Err(fault) = &request.valid {
+            let fault = fault.clone();
+            request.answer(CancelAnswer::Refused { fault }).await;
+            return Ok(());
+        }
+        match self.record.step(Event::Cancelled, now()) {
+            Ok(transition) => {
+                let adopted = self.adopt(transition.next, transition.effects).await;
+                if adopted.is_ok() {
+                    request.answer(CancelAnswer::Accepted).await;
+                }
+                adopted
+            }
+            Err(illegal) => {
+                let fault = Fault::new(code::NOT_CANCELLABLE, illegal.to_string());
+                request.answer(CancelAnswer::Refused { fault }).await;
+                Ok(())
+            }
+        }
+    }
+
+    /// Persists the new state, then tells the world, then begins its effects: in that order, so that whatever
+    /// was begun can be found again.
+    async fn adopt(&mut self, next: Migration, effects: Vec<(Step, Effect)>) -> Result<(), Lost> {
+        self.persist(&next).await?;
+        let before = std::mem::replace(&mut self.record, next);
+        self.todo = effects;
+        self.begin_effects();
+        self.publish(Some(&before)).await;
+        Ok(())
+    }
+
+    async fn persist(&mut self, next: &Migration) -> Result<(), Lost> {
+        let mut pauses = BACKOFF.into_iter().chain(std::iter::repeat(Duration::from_secs(2)));
+        loop {
+            match self.coordinator.journal.write(next, self.revision).await {
+                Ok(revision) => {
+                    self.revision = revision;
+                    return Ok(());
+                }
+                Err(TableError::Conflict(_)) => return Err(Lost),
+                Err(error) => {
+                    tracing::warn!(migration = %next.job.id, error = %chain(&error), "the record was not written");
+                    tokio::time::sleep(pauses.next().unwrap_or_default()).await;
+                }
+            }
+        }
+    }
+
+    async fn publish(&self, before: Option<&Migration>) {
+        for (index, what) in events::between(before, &self.record).into_iter().enumerate() {
+            let event = event::Event {
+                version: Version::CURRENT,
+                migration: self.record.job.id.clone(),
+                sequence: self.revision.0,
+                at: now(),
+                what,
+            };
+            if let Err(error) = self.coordinator.nats.publish_event(&event, index).await {
+                // Events are for followers; the record is the truth.
+                tracing::warn!(migration = %event.migration, error = %chain(&error), "an event was not published");
+            }
+        }
+    }
+
+    fn begin_effects(&mut self) {
+        for (step, effect) in std::mem::take(&mut self.todo) {
+            let (coordinator, record) = (self.coordinator.clone(), self.record.clone());
+            self.running.spawn(async move { (step, insist(&coordinator, &record, step, effect).await) });
+        }
+    }
+}
+
+/// Performs an effect as often as its persistence asks for.
+async fn insist(
+    coordinator: &Coordinator,
+    record: &Migration,
+    step: Step,
+    effect: Effect,
+) -> Result<Success, Fault> {
+    let persistence = effect.persistence(record.phase);
+    let mut pauses = BACKOFF.into_iter().chain(std::iter::repeat(Duration::from_secs(2)));
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let fault = match perform::perform(coordinator, record, step, effect).await {
+            Ok(success) => return Ok(success),
+            Err(fault) => fault,
+        };
+        let again = match persistence {
+            Persistence::Report => false,
+            Persistence::Attempt => tries < ATTEMPTS,
+            Persistence::Insist => true,
+        };
+        if !again || fault.code == code::STALE_EPOCH {
+            return Err(fault);
+        }
+        tracing::warn!(migration = %record.job.id, %effect, %fault, tries, "trying again");
+        tokio::time::sleep(pauses.next().unwrap_or_default()).await;
+    }
+}

@@ -1,0 +1,135 @@
+//! The coordinator: takes jobs from the work queue and drives each migration's state machine. It touches no
+//! container and keeps nothing that a restart would lose: the truth is the record in KV.
+
+mod driver;
+mod events;
+mod journal;
+mod lease;
+mod perform;
+mod registry;
+
+use std::error::Error;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use futures_util::StreamExt;
+use haulage_migration::Migration;
+use haulage_protocol::id::CoordinatorId;
+use haulage_protocol::secret::Token;
+use haulage_service::config::NatsConfig;
+use haulage_service::{chain, now, shutdown};
+use haulage_transport::Nats;
+use haulage_transport::queue::Delivery;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::driver::Driver;
+use crate::journal::{Journal, Opened};
+use crate::lease::Leases;
+use crate::registry::Registry;
+
+/// The command line.
+#[derive(Debug, clap::Parser)]
+#[command(name = "haul-coordinator", version, about = "Carries migrations of Haulage from request to end.")]
+pub struct Args {
+    #[command(flatten)]
+    nats: NatsConfig,
+    /// How many migrations this coordinator drives at once; the others wait in the queue.
+    #[arg(long, env = "HAUL_MAX_MIGRATIONS", default_value = "32", value_name = "N")]
+    max_migrations: NonZeroUsize,
+}
+
+/// What all drivers of this process share.
+pub(crate) struct Coordinator {
+    id: CoordinatorId,
+    nats: Nats,
+    journal: Journal,
+    leases: Leases,
+    registry: Registry,
+}
+
+/// Takes jobs until SIGTERM or SIGINT; then gives those under way back, for another coordinator to carry on.
+///
+/// # Errors
+/// When NATS cannot be used.
+pub async fn run(args: Args) -> Result<(), Box<dyn Error + Send + Sync>> {
+    let id = CoordinatorId::generate();
+    let nats = haulage_service::connect(&args.nats.nats, &format!("haul-coordinator {id}")).await?;
+    let coordinator = Arc::new(Coordinator {
+        journal: Journal::open(&nats).await?,
+        leases: Leases::open(&nats).await?,
+        registry: Registry::open(&nats).await?,
+        id,
+        nats,
+    });
+    let mut jobs = coordinator.nats.jobs().await?;
+    let room = Arc::new(Semaphore::new(args.max_migrations.get()));
+    let stop = CancellationToken::new();
+    let drivers = TaskTracker::new();
+    let mut shutdown = Box::pin(shutdown::requested()?);
+    tracing::info!(coordinator = %coordinator.id, "taking jobs");
+    loop {
+        // A job is only taken when there is room, so that it does not wait here while others could drive it.
+        let next = async {
+            let permit = room.clone().acquire_owned().await;
+            (permit, jobs.next().await)
+        };
+        tokio::select! {
+            () = &mut shutdown => break,
+            (permit, delivery) = next => match delivery {
+                Some(Ok(delivery)) => {
+                    let (coordinator, stop) = (coordinator.clone(), stop.clone());
+                    drivers.spawn(async move {
+                        coordinator.handle(delivery, stop).await;
+                        drop(permit);
+                    });
+                }
+                Some(Err(error)) => tracing::warn!(error = %chain(&error), "the work queue"),
+                None => return Err("the work queue ended".into()),
+            },
+        }
+    }
+    stop.cancel();
+    drivers.close();
+    drivers.wait().await;
+    coordinator.nats.flush().await?;
+    Ok(())
+}
+
+impl Coordinator {
+    async fn handle(self: Arc<Self>, delivery: Delivery, stop: CancellationToken) {
+        let job = match delivery.job() {
+            Ok(job) => job,
+            Err(fault) => {
+                tracing::warn!(%fault, "a job that nobody can understand was taken off the queue");
+                if let Err(error) = delivery.refuse().await {
+                    tracing::warn!(error = %chain(&error), "and will come again");
+                }
+                return;
+            }
+        };
+        let id = job.id.clone();
+        let fresh = Migration::accept(job, Token::generate(), self.id.clone(), now());
+        let ended = match self.journal.open_record(&id, fresh, &self.id).await {
+            Ok(Opened::Over) => Ok(true),
+            Ok(Opened::Ours(owned)) => {
+                tracing::info!(migration = %id, epoch = %owned.record.epoch, phase = %owned.record.phase, "driving");
+                Driver::new(self.clone(), owned).run(&delivery, stop).await
+            }
+            Err(error) => Err(error),
+        };
+        let settled = match ended {
+            Ok(true) => delivery.done().await,
+            // Stopping, or another coordinator drives it: its own delivery keeps it on the queue.
+            Ok(false) => delivery.give_back().await,
+            Err(error) => {
+                tracing::warn!(migration = %id, error = %chain(&error), "the record cannot be used for now");
+                delivery.give_back().await
+            }
+        };
+        if let Err(error) = settled {
+            tracing::debug!(migration = %id, error = %chain(&error), "the job will be delivered again");
+        }
+    }
+}

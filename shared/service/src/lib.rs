@@ -1,0 +1,10 @@
+//! What every service's process has in common: configuration, logs, connection, announcement, stopping.
+
+pub mod config;
+mod presence;
+mod run;
+pub mod shutdown;
+pub mod telemetry;
+
+pub use presence::now;
+pub use run::{Shell, block_on, chain, connect, run_host_service};
