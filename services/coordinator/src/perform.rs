@@ -14,7 +14,9 @@ use haulage_protocol::page_shipper::{
 };
 use haulage_protocol::restorer::{Adopt, Check, Create, Created, Restore, Undo, Verify};
 use haulage_protocol::rpc::{Command, Rpc, Service};
-use haulage_protocol::syncer::{CloseFiles, FilesOpened, OpenFiles, PullImage, PushImage, SyncFiles};
+use haulage_protocol::syncer::{
+    CloseFiles, FilesOpened, OpenFiles, PullImage, PushImage, SyncFiles, SyncRoot,
+};
 use haulage_protocol::version::Version;
 
 use crate::Coordinator;
@@ -84,7 +86,7 @@ pub(crate) async fn perform(
         Effect::ShipImages => {
             let dumped = record.facts.dumped.as_ref().ok_or_else(|| missing("the dump"))?;
             let images = SourceRoot { root: "images".to_owned(), path: dumped.images.clone() };
-            ask.sync(vec![images], true).await
+            ask.sync(ask.placed(&[images])?, true).await
         }
         Effect::StartTracking => {
             let start = StartTracking {
@@ -167,13 +169,20 @@ impl Ask<'_> {
     }
 
     /// What the source has and the target has a place for.
-    fn roots(&self) -> Result<Vec<SourceRoot>, Fault> {
-        let target = &self.created()?.roots;
-        let wanted = |root: &&SourceRoot| target.iter().any(|place| place.root == root.root);
-        Ok(self.inspected()?.roots.iter().filter(wanted).cloned().collect())
+    fn roots(&self) -> Result<Vec<SyncRoot>, Fault> {
+        self.placed(&self.inspected()?.roots)
     }
 
-    async fn sync(&self, roots: Vec<SourceRoot>, frozen: bool) -> Result<Success, Fault> {
+    fn placed(&self, sources: &[SourceRoot]) -> Result<Vec<SyncRoot>, Fault> {
+        let places = &self.created()?.roots;
+        let placed = sources.iter().filter_map(|SourceRoot { root, path }| {
+            let place = places.iter().find(|place| place.root == *root)?;
+            Some(SyncRoot { root: root.clone(), source: path.clone(), target: place.path.clone() })
+        });
+        Ok(placed.collect())
+    }
+
+    async fn sync(&self, roots: Vec<SyncRoot>, frozen: bool) -> Result<Success, Fault> {
         let forced = match &self.record.facts.frozen {
             Some(frozen) => frozen.mapped_writable.clone(),
             None => Vec::new(),

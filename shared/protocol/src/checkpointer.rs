@@ -90,9 +90,18 @@ pub struct Frozen {
     pub took: Micros,
     /// The number of processes that were frozen.
     pub processes: u32,
-    /// Files, as paths in the container, that some process maps shared and writable: their content can change
-    /// without a change of their times, so the last file pass sends them whatever their times say.
-    pub mapped_writable: Vec<String>,
+    /// Files that some process maps shared and writable: their content can change without a change of their
+    /// times, so the last file pass sends them whatever their times say.
+    pub mapped_writable: Vec<MappedFile>,
+}
+
+/// A file of the container, by what carries it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct MappedFile {
+    /// As [`SourceRoot::root`].
+    pub root: String,
+    /// Its path below that, without a leading slash.
+    pub path: String,
 }
 
 /// Dumps all but the tracked memory of the frozen container, and holds it: tasks stopped, connections locked.

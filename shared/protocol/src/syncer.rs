@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::checkpointer::{SourceRoot, rpc};
+use crate::checkpointer::{MappedFile, rpc};
 use crate::rpc::{Rpc, Service};
 use crate::secret::Token;
 use crate::unit::{Bytes, Micros};
@@ -75,12 +75,23 @@ pub struct SyncFiles {
     /// The target's token.
     pub token: Token,
     /// What to carry over.
-    pub roots: Vec<SourceRoot>,
+    pub roots: Vec<SyncRoot>,
     /// The container is frozen: nothing changes any more.
     pub frozen: bool,
-    /// Paths in the container to send whatever their times say (`Frozen::mapped_writable`).
+    /// Files to send whatever their times say (`Frozen::mapped_writable`).
     #[serde(default)]
-    pub forced: Vec<String>,
+    pub forced: Vec<MappedFile>,
+}
+
+/// A directory or file of the container, on both hosts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SyncRoot {
+    /// What it is: `layer`, `log`, `images`, `volume:<name>` or `volume-at:<path in the container>`.
+    pub root: String,
+    /// Where it is on the source host.
+    pub source: String,
+    /// Where it goes on the target host; a log file has another name there.
+    pub target: String,
 }
 
 /// The answer to [`SyncFiles`], and what the record keeps of a pass.

@@ -1,0 +1,39 @@
+# Haulage. `make demo` and `make test` are all that a new user needs; both install what is missing (as root, on
+# Debian 12 or 13) and build.
+
+CARGO ?= cargo
+# What whole-system tests and the demo run: the programs as a user would run them.
+BINARIES := --workspace --bins
+
+.PHONY: help setup build demo test lint clean
+
+help:
+	@echo 'make demo    two Docker hosts on this machine, a Redis that moves between them under load (KEEP=1 leaves it running)'
+	@echo 'make test    all tests, those with real Docker, CRIU and NATS included'
+	@echo 'make lint    formatting, clippy, and the dependency policy where cargo-deny is installed'
+	@echo 'make setup   install what the above need: Docker engine, CRIU, NATS server'
+	@echo 'make clean   remove what was built'
+
+setup:
+	deploy/setup
+
+build: setup
+	$(CARGO) build --locked $(BINARIES)
+
+demo: build
+	target/debug/demo $(if $(KEEP),--keep)
+
+test: build
+	@if $(CARGO) nextest --version >/dev/null 2>&1; \
+	then $(CARGO) nextest run --locked --workspace --no-fail-fast; \
+	else $(CARGO) test --locked --workspace --no-fail-fast -- --test-threads=1; fi
+	$(CARGO) test --locked --workspace --doc
+
+lint:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- --deny warnings
+	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny --offline check licenses bans sources; \
+	else echo 'cargo-deny is not installed: the dependency policy (deny.toml) is not checked'; fi
+
+clean:
+	$(CARGO) clean

@@ -1,0 +1,196 @@
+//! The freeze: every task of the container stands still, and all of them are of its own tree.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use haulage_criu::mask::{DEFAULT_PARENT, PagemapMask};
+use haulage_engine::{Captured, ContainerSpec, Engine, RestartPolicy, capture};
+use haulage_pages::maps::Maps;
+use haulage_pages::process::{self, Process};
+use haulage_protocol::checkpointer::{Freeze, Frozen, MappedFile};
+use haulage_protocol::fault::Fault;
+use haulage_protocol::id::MigrationId;
+use haulage_protocol::unit::Micros;
+use haulage_service::now;
+use haulage_sys::freezer::Freezer;
+
+use crate::Checkpointer;
+use crate::failure::{self, EXEC_SESSION, FREEZE, fault, joined};
+use crate::hold::{Session, State};
+use crate::inspect::{bundle, volume_root};
+use crate::notes::Notes;
+
+/// How long a cgroup may take to freeze. It takes well under a millisecond unless a task is stuck in the kernel.
+pub(crate) const FREEZE_WITHIN: Duration = Duration::from_secs(5);
+/// How long to wait for `docker exec` sessions and health checks to end.
+const EXECS_END_WITHIN: Duration = Duration::from_secs(5);
+const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(20);
+
+pub(crate) async fn freeze(
+    service: Arc<Checkpointer>,
+    migration: MigrationId,
+    ask: Freeze,
+) -> Result<Frozen, Fault> {
+    let captured = capture(&service.docker, ask.container.as_str()).await.map_err(|e| failure::gather(&e))?;
+    let prepared = {
+        let (service, migration, captured) = (service.clone(), migration.clone(), captured.clone());
+        joined(tokio::task::spawn_blocking(move || prepare(&service, &migration, ask, &captured)).await)?
+    };
+    // Its processes will be killed from outside, which Docker must not take for a crash.
+    if !captured.spec.restart_policy().is_never() {
+        let id = &captured.spec.id;
+        let set = service.docker.set_restart_policy(id, &RestartPolicy::never()).await;
+        set.map_err(|error| failure::engine(&error))?;
+    }
+    let (worker, at) = (service.clone(), migration.clone());
+    let frozen = tokio::task::spawn_blocking(move || {
+        let frozen = freeze_whole(&prepared, &captured.spec)?;
+        worker.put(&at, prepared);
+        Ok(frozen)
+    });
+    let frozen = joined(frozen.await);
+    if frozen.is_err() {
+        // The freezer has thawed it; the rest is put back by the same way as any roll-back.
+        let undone = crate::roll_back::undo(&service, &migration).await;
+        if let Err(error) = undone {
+            tracing::error!(%migration, %error, "a failed freeze was not undone, the coordinator will ask again");
+        }
+    }
+    frozen
+}
+
+/// Everything that needs no standstill: notes, and CRIU's view of the world.
+fn prepare(
+    service: &Checkpointer,
+    migration: &MigrationId,
+    ask: Freeze,
+    captured: &Captured,
+) -> Result<Session, Fault> {
+    let spec = &captured.spec;
+    let bundle = bundle(&spec.id, captured.state.pid)?;
+    let volumes =
+        spec.volumes().filter(|(_, volume)| !volume.anonymous).map(|(_, volume)| volume.name.clone());
+    let dir = service.config.migration_dir(migration);
+    let notes = Notes {
+        container: ask.container,
+        init: bundle.init_pid,
+        freezer: bundle.cgroup.freezer_dir.clone(),
+        procs: bundle.cgroup.procs_file.clone(),
+        restart_policy: spec.restart_policy(),
+        arp_ignore: None,
+        volumes: volumes.collect(),
+    };
+    notes.write(&dir).map_err(fault(FREEZE))?;
+    let mask = PagemapMask::prepare(&service.criu, Path::new(DEFAULT_PARENT)).map_err(fault(FREEZE))?;
+    Ok(Session { notes, bundle, state: State::Frozen(mask) })
+}
+
+fn freeze_whole(session: &Session, spec: &ContainerSpec) -> Result<Frozen, Fault> {
+    let freezer = Freezer::open(&session.notes.freezer).map_err(fault(FREEZE))?;
+    let began = Instant::now();
+    let (at, processes) = loop {
+        let at = now();
+        freezer.freeze(FREEZE_WITHIN).map_err(fault(FREEZE))?;
+        match own_tree(&session.notes) {
+            Ok(processes) => break (at, processes),
+            Err(stray) => {
+                freezer.thaw().map_err(fault(FREEZE))?;
+                if began.elapsed() >= EXECS_END_WITHIN {
+                    return Err(stray);
+                }
+                std::thread::sleep(LOOK_AGAIN_AFTER);
+            }
+        }
+    };
+    match mapped_writable(&processes, spec) {
+        Ok(mapped_writable) => Ok(Frozen {
+            at,
+            took: Micros::from_duration(began.elapsed()),
+            processes: u32::try_from(processes.len()).unwrap_or(u32::MAX),
+            mapped_writable,
+        }),
+        Err(error) => {
+            freezer.thaw().map_err(fault(FREEZE))?;
+            Err(error)
+        }
+    }
+}
+
+/// The container's processes, all of which descend from its first one.
+fn own_tree(notes: &Notes) -> Result<Vec<Process>, Fault> {
+    let processes = process::list(&notes.procs).map_err(fault(FREEZE))?;
+    let stray = processes.iter().find(|process| !descends(process.pid.as_raw_nonzero().get(), notes.init));
+    match stray {
+        None => Ok(processes),
+        Some(process) => {
+            let message = format!(
+                "process {} came into the container from outside, such as by docker exec",
+                process.pid.as_raw_nonzero()
+            );
+            Err(Fault::new(EXEC_SESSION, message)
+                .remedy("end docker exec sessions in the container, or wait for its health check to end"))
+        }
+    }
+}
+
+fn descends(mut pid: i32, ancestor: i32) -> bool {
+    while pid > 1 {
+        if pid == ancestor {
+            return true;
+        }
+        match parent(pid) {
+            Some(parent) => pid = parent,
+            None => return false,
+        }
+    }
+    false
+}
+
+fn parent(pid: i32) -> Option<i32> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // proc(5): the command in parentheses may hold anything, the fields after it are plain.
+    let (_, fields) = stat.rsplit_once(')')?;
+    fields.split_ascii_whitespace().nth(1)?.parse().ok()
+}
+
+fn mapped_writable(processes: &[Process], spec: &ContainerSpec) -> Result<Vec<MappedFile>, Fault> {
+    let mut files = BTreeSet::new();
+    for process in processes {
+        let maps = Maps::of(process.pid).map_err(fault(FREEZE))?;
+        files.extend(maps.shared_writable_files().iter().filter_map(|path| carried(path, spec)));
+    }
+    Ok(files.into_iter().collect())
+}
+
+/// What carries a file, by its path in the container. Paths that are not UTF-8 cannot be said in a message; the
+/// last pass finds their files by their times, which a write to memory changes at the next write-back only.
+fn carried(path: &Path, spec: &ContainerSpec) -> Option<MappedFile> {
+    let below = |mount: &Path| path.strip_prefix(mount).ok().and_then(Path::to_str).map(ToOwned::to_owned);
+    let volumes = spec.volumes().filter_map(|(mount, volume)| {
+        let path = below(&mount.destination)?;
+        let depth = mount.destination.components().count();
+        Some((depth, MappedFile { root: volume_root(mount, volume), path }))
+    });
+    match volumes.max_by_key(|(depth, _)| *depth) {
+        Some((_, file)) => Some(file),
+        None => Some(MappedFile { root: "layer".to_owned(), path: below(Path::new("/"))? }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ancestry_is_found_out() {
+        let us = i32::try_from(std::process::id()).unwrap();
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        assert!(descends(pid, us) && descends(us, us));
+        assert!(!descends(us, pid));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+}

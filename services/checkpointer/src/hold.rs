@@ -1,0 +1,132 @@
+//! The dump, and the hold that follows it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use haulage_criu::dump::{self, DumpRequest};
+use haulage_criu::held::HeldDump;
+use haulage_criu::mask::PagemapMask;
+use haulage_engine::BundleFacts;
+use haulage_pages::maps::Maps;
+use haulage_pages::process;
+use haulage_protocol::checkpointer::{Confirmed, Dumped};
+use haulage_protocol::fault::{Fault, code};
+use haulage_protocol::id::MigrationId;
+use haulage_protocol::unit::{Bytes, Micros};
+use haulage_sys::freezer::Freezer;
+
+use crate::Checkpointer;
+use crate::failure::{DUMP, fault, joined};
+use crate::freeze::FREEZE_WITHIN;
+use crate::notes::Notes;
+use crate::quiet;
+
+/// A container that this process has frozen.
+pub(crate) struct Session {
+    pub(crate) notes: Notes,
+    pub(crate) bundle: BundleFacts,
+    pub(crate) state: State,
+}
+
+pub(crate) enum State {
+    /// Frozen, not dumped: the mask is ready to cover it.
+    Frozen(PagemapMask),
+    /// Dumped and held.
+    Held(HeldDump),
+    /// A dump failed.
+    Spoilt,
+}
+
+pub(crate) async fn dump(service: Arc<Checkpointer>, migration: MigrationId) -> Result<Dumped, Fault> {
+    let work = move || {
+        let mut session = service.take(&migration).ok_or_else(not_frozen)?;
+        let result = dump_frozen(&service, &migration, &mut session);
+        service.put(&migration, session);
+        result
+    };
+    joined(tokio::task::spawn_blocking(work).await)
+}
+
+fn not_frozen() -> Fault {
+    Fault::new(code::OUT_OF_ORDER, "this checkpointer has not frozen the container")
+        .remedy("it was restarted in between: the migration is rolled back, start it again")
+}
+
+fn dump_frozen(
+    service: &Checkpointer,
+    migration: &MigrationId,
+    session: &mut Session,
+) -> Result<Dumped, Fault> {
+    let mask = match std::mem::replace(&mut session.state, State::Spoilt) {
+        State::Frozen(mask) => mask,
+        other => {
+            session.state = other;
+            return Err(Fault::new(code::OUT_OF_ORDER, "the container was dumped before"));
+        }
+    };
+    let began = Instant::now();
+    let dir = service.config.migration_dir(migration);
+    let (images, work) = (dir.join("dump/images"), dir.join("dump/work"));
+    for dir in [&images, &work] {
+        std::fs::create_dir_all(dir).map_err(fault(DUMP))?;
+    }
+    let mask = cover(mask, session)?;
+    session.notes.arp_ignore = Some(quiet::present(session.notes.init).map_err(fault(DUMP))?);
+    session.notes.write(&dir).map_err(fault(DUMP))?;
+    quiet::hush(session.notes.init).map_err(fault(DUMP))?;
+    let request = request(&session.bundle, images.clone(), work);
+    let held = dump::Dump::start(&service.criu, &request, Some(mask)).map_err(fault(DUMP))?;
+    session.state = State::Held(held);
+    // CRIU has thawed the cgroup and stops the tasks itself. Should it die, they shall stand still all the same.
+    let freezer = Freezer::open(&session.notes.freezer).map_err(fault(DUMP))?;
+    freezer.freeze(FREEZE_WITHIN).map_err(fault(DUMP))?;
+    Ok(Dumped {
+        bytes: size(&images).map_err(fault(DUMP))?,
+        images: images.to_string_lossy().into_owned(),
+        took: Micros::from_duration(began.elapsed()),
+    })
+}
+
+/// Hides the memory that the page-shipper carries.
+fn cover(mut mask: PagemapMask, session: &Session) -> Result<PagemapMask, Fault> {
+    for process in process::list(&session.notes.procs).map_err(fault(DUMP))? {
+        let maps = Maps::of(process.pid).map_err(fault(DUMP))?;
+        // A zombie has no memory, and no pagemap to cover.
+        if maps.regions().is_empty() {
+            continue;
+        }
+        let hidden: Vec<_> = maps.tracked().map(|pages| pages.addresses()).collect();
+        mask.cover(process.pid.as_raw_nonzero().get(), &hidden).map_err(fault(DUMP))?;
+    }
+    Ok(mask)
+}
+
+fn request(bundle: &BundleFacts, images: PathBuf, work: PathBuf) -> DumpRequest {
+    let paths = |names: &[String]| names.iter().map(PathBuf::from).collect();
+    let mut request = DumpRequest::new(bundle.init_pid, &bundle.rootfs, images, work);
+    request.freeze_cgroup = Some(bundle.cgroup.freezer_dir.clone());
+    request.external_mounts = paths(&bundle.external_mounts);
+    request.null_masks = paths(&bundle.masked_null);
+    request.descriptors.clone_from(&bundle.external_descriptors);
+    request
+}
+
+fn size(dir: &std::path::Path) -> std::io::Result<Bytes> {
+    let mut bytes = 0;
+    for entry in std::fs::read_dir(dir)? {
+        bytes += entry?.metadata()?.len();
+    }
+    Ok(Bytes(bytes))
+}
+
+pub(crate) async fn confirm(service: Arc<Checkpointer>, migration: MigrationId) -> Result<Confirmed, Fault> {
+    let lost = || {
+        Fault::new(code::HOLD_LOST, "the container is no longer held in the state that was dumped")
+            .remedy("the migration is rolled back: start it again")
+    };
+    let session = service.take(&migration).ok_or_else(lost)?;
+    let alive = matches!(&session.state, State::Held(held) if held.is_alive());
+    service.put(&migration, session);
+    if alive { Ok(Confirmed {}) } else { Err(lost()) }
+}

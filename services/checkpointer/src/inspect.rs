@@ -1,0 +1,112 @@
+//! What the container is, and whether it can move. Changes nothing.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use haulage_engine::{
+    BundleFacts, Captured, Engine, HostFacts, MountSpec, VolumeSpec, capture, refusals, running_facts,
+};
+use haulage_protocol::checkpointer::{Inspect, Inspected, Locate, Located, SourceRoot};
+use haulage_protocol::fault::{Fault, FaultCode, code};
+use haulage_protocol::id::ContainerId;
+use haulage_protocol::unit::Bytes;
+
+use crate::Checkpointer;
+use crate::failure::{self, joined};
+
+const NOT_INSPECTABLE: FaultCode = FaultCode::known("not_inspectable");
+
+pub(crate) async fn locate(service: Arc<Checkpointer>, ask: Locate) -> Result<Located, Fault> {
+    match service.docker.inspect(&ask.container).await {
+        Ok(found) => {
+            let id = found.id().map_err(failure::fault(failure::ENGINE))?;
+            Ok(Located { container: Some(container_id(id)?) })
+        }
+        Err(error) if error.is_not_found() => Ok(Located { container: None }),
+        Err(error) => Err(failure::engine(&error)),
+    }
+}
+
+fn container_id(id: &str) -> Result<ContainerId, Fault> {
+    id.parse().map_err(failure::fault(failure::ENGINE))
+}
+
+pub(crate) async fn inspect(service: Arc<Checkpointer>, ask: Inspect) -> Result<Inspected, Fault> {
+    let captured = capture(&service.docker, &ask.container).await.map_err(|e| failure::gather(&e))?;
+    let shared = ask.shared_binds.into_iter().map(Into::into).collect();
+    let facts = running_facts(&service.docker, &captured, shared).await.map_err(|e| failure::gather(&e))?;
+    failure::refused(&refusals(&captured.spec, &facts))?;
+    joined(tokio::task::spawn_blocking(move || describe(&captured, &facts.engine)).await)
+}
+
+fn describe(captured: &Captured, engine: &haulage_engine::facts::EngineInfo) -> Result<Inspected, Fault> {
+    let spec = &captured.spec;
+    let bundle = bundle(&spec.id, captured.state.pid)?;
+    let processes =
+        haulage_pages::process::list(&bundle.cgroup.procs_file).map_err(failure::fault(NOT_INSPECTABLE))?;
+    let memory = processes.iter().map(|process| resident(process.pid.as_raw_nonzero().get())).sum();
+    let host = HostFacts::gather(engine).map_err(failure::fault(NOT_INSPECTABLE))?;
+    let encode =
+        |error: serde_json::Error| Fault::new(code::INTERNAL, "cannot encode the container").because(&error);
+    Ok(Inspected {
+        container: container_id(&spec.id)?,
+        name: spec.name.clone(),
+        spec: serde_json::to_value(spec).map_err(encode)?,
+        host: serde_json::to_value(&host).map_err(encode)?,
+        image: spec.image.id.clone(),
+        cgroup_procs: text(&bundle.cgroup.procs_file)?,
+        processes: u32::try_from(processes.len()).unwrap_or(u32::MAX),
+        memory,
+        roots: roots(captured)?,
+    })
+}
+
+/// The OCI side of the running container.
+pub(crate) fn bundle(container: &str, init: i32) -> Result<BundleFacts, Fault> {
+    BundleFacts::read(container, init).map_err(|error| {
+        Fault::from_error(NOT_INSPECTABLE, &error)
+            .remedy("haulage moves containers that Docker runs through containerd and runc or haul-runtime")
+    })
+}
+
+/// Resident memory of a process, shared pages counted in each; zero when it is gone.
+fn resident(pid: i32) -> Bytes {
+    let statm = std::fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
+    let pages = statm.split_ascii_whitespace().nth(1).and_then(|pages| pages.parse().ok());
+    haulage_protocol::unit::Pages(pages.unwrap_or(0)).bytes()
+}
+
+fn roots(captured: &Captured) -> Result<Vec<SourceRoot>, Fault> {
+    let spec = &captured.spec;
+    let upper = spec.layer.as_ref().and_then(|layer| layer.upper.as_ref());
+    let upper =
+        upper.ok_or_else(|| Fault::new(NOT_INSPECTABLE, "the engine does not tell the writable layer"))?;
+    let mut roots = vec![SourceRoot { root: "layer".to_owned(), path: text(upper)? }];
+    for (mount, volume) in spec.volumes() {
+        let root = volume_root(mount, volume);
+        let source = mount.source.as_ref();
+        let source = source.ok_or_else(|| Fault::new(NOT_INSPECTABLE, format!("{root} has no directory")))?;
+        roots.push(SourceRoot { root, path: text(source)? });
+    }
+    // Docker's own log files; other drivers keep theirs elsewhere or nowhere.
+    if spec.log_driver() == "json-file"
+        && let Some(log) = &spec.log_path
+    {
+        roots.push(SourceRoot { root: "log".to_owned(), path: text(log)? });
+    }
+    Ok(roots)
+}
+
+/// What a volume is called between the hosts. An anonymous one has another name on each; where it is mounted tells
+/// it apart.
+pub(crate) fn volume_root(mount: &MountSpec, volume: &VolumeSpec) -> String {
+    match volume.anonymous {
+        true => format!("volume-at:{}", mount.destination.display()),
+        false => format!("volume:{}", volume.name),
+    }
+}
+
+fn text(path: &Path) -> Result<String, Fault> {
+    let text = path.to_str().map(ToOwned::to_owned);
+    text.ok_or_else(|| Fault::new(NOT_INSPECTABLE, format!("the path {} is not UTF-8", path.display())))
+}

@@ -1,0 +1,85 @@
+//! The checkpointer: inspects, freezes, dumps and holds a container on its source host, and ends it there or lets
+//! it go on. It reads neither memory pages nor files.
+//!
+//! ```text
+//!            Freeze              Dump                    Commit
+//! (running) --------> frozen ----------> held by CRIU ----------> removed
+//!     ^                 |                     |
+//!     +---- RollBack ---+------- RollBack ----+
+//! ```
+//!
+//! What was changed on the host is written down before it is changed ([`notes`]), so that a checkpointer that was
+//! restarted still knows how to roll back.
+
+mod commit;
+mod failure;
+mod freeze;
+mod hold;
+mod inspect;
+mod notes;
+mod quiet;
+mod roll_back;
+
+use std::collections::HashMap;
+use std::error::Error;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use haulage_criu::swrk::Criu;
+use haulage_engine::Docker;
+use haulage_protocol::checkpointer::{Commit, Confirm, Dump, Freeze, Inspect, Locate, RollBack};
+use haulage_protocol::id::MigrationId;
+use haulage_service::Shell;
+use haulage_service::config::HostConfig;
+
+use crate::hold::Session;
+
+/// What every verb works with.
+pub(crate) struct Checkpointer {
+    config: HostConfig,
+    docker: Docker,
+    criu: Criu,
+    sessions: Mutex<HashMap<MigrationId, Session>>,
+}
+
+impl Checkpointer {
+    fn put(&self, migration: &MigrationId, session: Session) {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner).insert(migration.clone(), session);
+    }
+
+    fn take(&self, migration: &MigrationId) -> Option<Session> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner).remove(migration)
+    }
+}
+
+/// Registers the verbs.
+///
+/// # Errors
+/// When the engine cannot be reached, or CRIU is not installed or too old.
+pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>> {
+    let criu = Criu::find()?;
+    let version = {
+        let criu = criu.clone();
+        tokio::task::spawn_blocking(move || criu.version()).await??
+    };
+    let docker = Docker::connect(shell.config.docker_socket().as_ref()).await?;
+    shell.facts.insert("criu".to_owned(), version.to_string());
+    let service =
+        Arc::new(Checkpointer { config: shell.config.clone(), docker, criu, sessions: Mutex::default() });
+    let server = &mut shell.server;
+    let s = service.clone();
+    server.answer::<Locate, _, _>(move |_, ask| inspect::locate(s.clone(), ask)).await?;
+    let s = service.clone();
+    server.answer::<Inspect, _, _>(move |_, ask| inspect::inspect(s.clone(), ask)).await?;
+    let s = service.clone();
+    server.answer::<Freeze, _, _>(move |at, ask| freeze::freeze(s.clone(), at.migration, ask)).await?;
+    let s = service.clone();
+    server.answer::<Dump, _, _>(move |at, _| hold::dump(s.clone(), at.migration)).await?;
+    let s = service.clone();
+    server.answer::<Confirm, _, _>(move |at, _| hold::confirm(s.clone(), at.migration)).await?;
+    let s = service.clone();
+    server.answer::<Commit, _, _>(move |at, ask| commit::commit(s.clone(), at.migration, ask)).await?;
+    server
+        .answer::<RollBack, _, _>(move |at, ask| roll_back::roll_back(service.clone(), at.migration, ask))
+        .await?;
+    Ok(())
+}

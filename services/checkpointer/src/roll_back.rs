@@ -1,0 +1,74 @@
+//! Everything that was done to the container is undone; it goes on where it stopped.
+
+use std::sync::Arc;
+
+use haulage_engine::Engine;
+use haulage_protocol::checkpointer::{RollBack, RolledBack};
+use haulage_protocol::fault::{Fault, code};
+use haulage_protocol::id::MigrationId;
+use haulage_protocol::unit::Micros;
+use haulage_service::{chain, now};
+use haulage_sys::freezer::{Freezer, FreezerState};
+
+use crate::Checkpointer;
+use crate::failure::{self, RELEASE, fault, joined};
+use crate::hold::{Session, State};
+use crate::notes::Notes;
+use crate::quiet;
+
+pub(crate) async fn roll_back(
+    service: Arc<Checkpointer>,
+    migration: MigrationId,
+    ask: RollBack,
+) -> Result<RolledBack, Fault> {
+    let notes = Notes::read(&service.config.migration_dir(&migration)).map_err(fault(RELEASE))?;
+    if notes.is_some_and(|notes| notes.container != ask.container) {
+        let message = "the migration was of another container";
+        return Err(Fault::new(code::MALFORMED, message));
+    }
+    undo(&service, &migration).await
+}
+
+/// The same, for a freeze that failed. Safe to repeat, also by a process that did not do what it undoes.
+pub(crate) async fn undo(service: &Arc<Checkpointer>, migration: &MigrationId) -> Result<RolledBack, Fault> {
+    let dir = service.config.migration_dir(migration);
+    let Some(notes) = Notes::read(&dir).map_err(fault(RELEASE))? else {
+        return Ok(RolledBack { thawed_at: None });
+    };
+    let session = service.take(migration);
+    let released = notes.clone();
+    let thawed_at = joined(tokio::task::spawn_blocking(move || release(session, &released)).await)?;
+    if !notes.restart_policy.is_never() {
+        let set = service.docker.set_restart_policy(notes.container.as_str(), &notes.restart_policy).await;
+        match set {
+            Err(error) if !error.is_not_found() => return Err(failure::engine(&error)),
+            _ => {}
+        }
+    }
+    Notes::remove(&dir).map_err(fault(RELEASE))?;
+    Ok(RolledBack { thawed_at })
+}
+
+/// CRIU lets go, the network answers again, the cgroup thaws: in that order, so that the tasks run only when
+/// all is as it was.
+fn release(session: Option<Session>, notes: &Notes) -> Result<Option<Micros>, Fault> {
+    if let Some(Session { state: State::Held(held), .. }) = session
+        && let Err(error) = held.roll_back()
+    {
+        // The tasks are still frozen by the cgroup. They can go on, if perhaps without their connections.
+        tracing::error!(container = %notes.container, error = %chain(&error), "criu did not let go in order");
+    }
+    if let Some(setting) = &notes.arp_ignore
+        && let Err(error) = quiet::restore(notes.init, setting)
+    {
+        tracing::warn!(container = %notes.container, %error, "the container's network may not answer ARP");
+    }
+    let Ok(freezer) = Freezer::open(&notes.freezer) else {
+        // The cgroup is gone, and with it the container: it ended by itself or was removed by somebody.
+        tracing::warn!(container = %notes.container, "the container is gone");
+        return Ok(None);
+    };
+    let was_frozen = freezer.state().map_err(fault(RELEASE))? != FreezerState::Thawed;
+    freezer.thaw().map_err(fault(RELEASE))?;
+    Ok(was_frozen.then(now))
+}

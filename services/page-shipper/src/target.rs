@@ -1,0 +1,129 @@
+//! The target role: receive into the page store.
+
+use std::io::{self, ErrorKind};
+use std::path::Path;
+use std::sync::{Arc, PoisonError};
+
+use bytes::Bytes;
+use haulage_pages::manifest::ManifestBuilder;
+use haulage_pages::store::StoreLimits;
+use haulage_pages::target::{FinishReport, TargetEngine};
+use haulage_protocol::fault::{Fault, code};
+use haulage_protocol::id::MigrationId;
+use haulage_protocol::page_shipper::{OpenPages, PagesOpened};
+use haulage_protocol::unit::Pages;
+use haulage_transport::stream::{BulkConnection, BulkSession, SessionKey};
+use tokio::task::JoinHandle;
+
+use crate::PageShipper;
+use crate::failure::{STORE, fault, stream};
+use crate::wire::{BATCH, FAILED, FINISH, FINISHED, Finished, MANIFEST, OK, ROLE, ROUND_END};
+
+/// The page store in a migration's directory.
+const STORE_DIR: &str = "pages";
+
+/// A migration's memory, where it arrives.
+pub(crate) struct Session {
+    task: JoinHandle<()>,
+}
+
+impl Session {
+    /// Stops receiving; afterwards nothing writes to the store any more.
+    pub(crate) async fn end(self) {
+        self.task.abort();
+        if let Err(error) = self.task.await
+            && error.is_panic()
+        {
+            tracing::error!(%error, "the receiver of pages had died");
+        }
+    }
+}
+
+pub(crate) async fn open(
+    service: Arc<PageShipper>,
+    migration: MigrationId,
+    ask: OpenPages,
+) -> Result<PagesOpened, Fault> {
+    let earlier = service.targets.lock().unwrap_or_else(PoisonError::into_inner).remove(&migration);
+    if let Some(earlier) = earlier {
+        earlier.end().await;
+    }
+    let dir = service.config.migration_dir(&migration);
+    remove_store(&dir).map_err(fault(STORE))?;
+    let store = dir.join(STORE_DIR);
+    std::fs::create_dir_all(&store).map_err(fault(STORE))?;
+    let engine = TargetEngine::create(&store, StoreLimits::default()).map_err(fault(STORE))?;
+    let token = ask.token.reveal().parse().map_err(fault(code::MALFORMED))?;
+    let session = service.listener.open(SessionKey::new(migration.as_str(), ROLE), token);
+    let session = session.map_err(|error| stream(&error))?;
+    let address = service.config.advertised(service.listener.local_addr()).to_string();
+    let task = tokio::spawn(receive(session, engine, migration.clone()));
+    service.targets.lock().unwrap_or_else(PoisonError::into_inner).insert(migration, Session { task });
+    Ok(PagesOpened { address, store: store.to_string_lossy().into_owned() })
+}
+
+/// Removes the store, and the migration's directory when nothing else is in it.
+pub(crate) fn remove_store(dir: &Path) -> io::Result<()> {
+    match std::fs::remove_dir_all(dir.join(STORE_DIR)) {
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    match std::fs::remove_dir(dir) {
+        Err(error) if error.kind() != ErrorKind::NotFound && error.kind() != ErrorKind::DirectoryNotEmpty => {
+            Err(error)
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Takes one source in, until it ends or fails.
+async fn receive(mut session: BulkSession, engine: TargetEngine, migration: MigrationId) {
+    let Some(mut connection) = session.accept().await else { return };
+    tracing::debug!(%migration, peer = %connection.peer(), "pages come");
+    let Err(fault) = store_all(&mut connection, engine).await else { return };
+    tracing::warn!(%migration, %fault, "the pages are refused");
+    let told = async {
+        connection.send(FAILED, serde_json::to_vec(&fault).unwrap_or_default().into()).await?;
+        connection.flush().await
+    };
+    if let Err(error) = told.await {
+        tracing::debug!(%migration, %error, "and the source is gone");
+    }
+}
+
+async fn store_all(connection: &mut BulkConnection, mut engine: TargetEngine) -> Result<(), Fault> {
+    let mut manifest = ManifestBuilder::default();
+    while let Some(frame) = connection.recv().await.map_err(|error| stream(&error))? {
+        match frame.kind {
+            // Copying a MiB into the page cache is short, but it is not for the executor.
+            BATCH => {
+                tokio::task::block_in_place(|| engine.apply(&frame.payload)).map_err(fault(STORE))?;
+            }
+            ROUND_END => send(connection, OK, Bytes::new()).await?,
+            MANIFEST => manifest.push(&frame.payload).map_err(fault(code::MALFORMED))?,
+            FINISH => {
+                let manifest = std::mem::take(&mut manifest).finish().map_err(fault(code::MALFORMED))?;
+                let sealed =
+                    tokio::task::block_in_place(|| engine.finish(&manifest)).map_err(fault(STORE))?;
+                let FinishReport { pages, dropped_pages, .. } = sealed;
+                let finished = Finished { pages: Pages(pages), dropped: Pages(dropped_pages) };
+                let payload = serde_json::to_vec(&finished).map_err(fault(code::INTERNAL))?;
+                return send(connection, FINISHED, payload.into()).await;
+            }
+            other => {
+                let message = format!("a frame of kind {} does not belong here", other.0);
+                return Err(Fault::new(code::MALFORMED, message));
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn send(
+    connection: &mut BulkConnection,
+    kind: haulage_transport::stream::FrameKind,
+    payload: Bytes,
+) -> Result<(), Fault> {
+    connection.send(kind, payload).await.map_err(|error| stream(&error))?;
+    connection.flush().await.map_err(|error| stream(&error))
+}

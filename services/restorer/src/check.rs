@@ -1,0 +1,66 @@
+//! Can this host take the container? Changes nothing.
+
+use std::sync::Arc;
+
+use haulage_criu::version::UnfitError;
+use haulage_engine::{ContainerSpec, HostFacts, Need, target_facts, target_refusals};
+use haulage_protocol::fault::{Fault, FaultCode, code};
+use haulage_protocol::id::MigrationId;
+use haulage_protocol::restorer::{Check, Checked};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::Restorer;
+use crate::failure::{self, STATE, fault, joined};
+
+const CRIU: FaultCode = FaultCode::known("criu");
+
+pub(crate) fn decode<T: DeserializeOwned>(what: &str, value: Value) -> Result<T, Fault> {
+    serde_json::from_value(value).map_err(|error| {
+        Fault::new(code::MALFORMED, format!("the description of {what} cannot be understood"))
+            .because(&error)
+            .remedy("run the same release of haulage on both hosts")
+    })
+}
+
+pub(crate) async fn check(
+    service: Arc<Restorer>,
+    migration: MigrationId,
+    ask: Check,
+) -> Result<Checked, Fault> {
+    let spec: ContainerSpec = decode("the container", ask.spec)?;
+    let source: HostFacts = decode("the source host", ask.source)?;
+    let worker = service.clone();
+    joined(tokio::task::spawn_blocking(move || criu_is_fit(&worker, &migration)).await)?;
+    let facts = target_facts(&service.docker, &spec).await.map_err(|error| failure::gather(&error))?;
+    let need = Need { memory: ask.memory.0, disk: 0 };
+    let refusals = target_refusals(&spec, &source, &facts, need);
+    match refusals.split_first() {
+        None => Ok(Checked { image_present: facts.image_present }),
+        Some((first, others)) => {
+            let code = FaultCode::new(first.code.as_str());
+            let mut fault = Fault::new(code, first.message.clone()).remedy(first.remedy.clone());
+            fault.causes = others.iter().map(|other| format!("also refused: {other}")).collect();
+            Err(fault)
+        }
+    }
+}
+
+fn criu_is_fit(service: &Restorer, migration: &MigrationId) -> Result<(), Fault> {
+    // CRIU wants a directory for its log; nothing of it is kept.
+    let dir = service.dir(migration).join("check");
+    std::fs::create_dir_all(&dir).map_err(fault(STATE))?;
+    let fit = service.criu.fit(&dir);
+    let removed = std::fs::remove_dir_all(&dir);
+    // Stays where other services of the host have put something.
+    let _kept = std::fs::remove_dir(service.dir(migration));
+    removed.map_err(fault(STATE))?;
+    match fit {
+        Ok(_) => Ok(()),
+        Err(error @ UnfitError::TooOld { .. }) => {
+            Err(Fault::from_error(CRIU, &error).remedy("run deploy/setup on the target host"))
+        }
+        Err(error) => Err(Fault::from_error(CRIU, &error)
+            .remedy("run `criu check` on the target host, and deploy/setup if it is not installed")),
+    }
+}

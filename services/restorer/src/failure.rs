@@ -1,0 +1,50 @@
+//! How this service's errors look to the coordinator.
+
+use std::error::Error;
+
+use haulage_engine::{EngineError, EngineErrorKind, GatherError};
+use haulage_protocol::fault::{Fault, FaultCode, code};
+use tokio::task::JoinError;
+
+/// The engine could not do what was asked.
+pub(crate) const ENGINE: FaultCode = FaultCode::known("engine_failed");
+/// Something of that name appeared on this host after it was checked.
+pub(crate) const CONFLICT: FaultCode = FaultCode::known("target_conflict");
+/// The container did not come to life.
+pub(crate) const RESTORE: FaultCode = FaultCode::known("restore_failed");
+/// It came to life and ended.
+pub(crate) const NOT_RUNNING: FaultCode = FaultCode::known("not_running");
+/// Images and pages do not fit together.
+pub(crate) const IMAGES: FaultCode = FaultCode::known("bad_images");
+/// A file of this service cannot be read or written.
+pub(crate) const STATE: FaultCode = FaultCode::known("state_failed");
+
+pub(crate) fn engine(error: &EngineError) -> Fault {
+    match error.kind() {
+        EngineErrorKind::Conflict => {
+            Fault::from_error(CONFLICT, error).remedy("remove or rename what has that name on the target")
+        }
+        EngineErrorKind::Unreachable | EngineErrorKind::Timeout => {
+            Fault::from_error(ENGINE, error).remedy("see whether dockerd runs on the host")
+        }
+        _ => Fault::from_error(ENGINE, error),
+    }
+}
+
+pub(crate) fn gather(error: &GatherError) -> Fault {
+    match error {
+        GatherError::Engine(error) => engine(error),
+        other => Fault::from_error(ENGINE, other),
+    }
+}
+
+/// The result of work on another thread, whose panic is a defect of this service.
+pub(crate) fn joined<T>(result: Result<Result<T, Fault>, JoinError>) -> Result<T, Fault> {
+    result.unwrap_or_else(|error| {
+        Err(Fault::new(code::INTERNAL, "a worker of this service died").because(&error))
+    })
+}
+
+pub(crate) fn fault<E: Error>(code: FaultCode) -> impl Fn(E) -> Fault {
+    move |error| Fault::from_error(code.clone(), &error)
+}

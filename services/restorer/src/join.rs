@@ -1,0 +1,50 @@
+//! CRIU's images and our pages become one set of images.
+
+use std::io;
+use std::path::Path;
+
+use haulage_criu::merge::{Assembly, PageSource};
+use haulage_criu::pagemap::PageRun;
+use haulage_pages::process::Vpid;
+use haulage_pages::range::{PageNo, PageRange};
+use haulage_pages::sealed::SealedStore;
+use haulage_protocol::fault::Fault;
+use haulage_protocol::unit::PAGE_SIZE;
+
+use crate::failure::{IMAGES, fault};
+
+/// Joins the images in `received` with the sealed store in `store`; the result is in `complete`.
+pub(crate) fn join(received: &Path, store: &Path, complete: &Path) -> Result<(), Fault> {
+    let store = SealedStore::open(store).map_err(fault(IMAGES))?;
+    let assembly = Assembly::begin(received, complete).map_err(fault(IMAGES))?;
+    for (vpid, _) in store.processes() {
+        let pages = store.pages(vpid);
+        if pages.is_empty() {
+            continue;
+        }
+        let runs = pages.iter().collect::<Vec<_>>().into_iter();
+        let mut source = Stored { store: &store, vpid, runs };
+        assembly.add_pages(vpid.0, &mut source).map_err(fault(IMAGES))?;
+    }
+    Ok(())
+}
+
+/// The stored pages of one process.
+struct Stored<'a> {
+    store: &'a SealedStore,
+    vpid: Vpid,
+    runs: std::vec::IntoIter<PageRange>,
+}
+
+impl PageSource for Stored<'_> {
+    fn next_run(&mut self) -> io::Result<Option<PageRun>> {
+        Ok(self.runs.next().map(|run| PageRun { start: run.start().address(), pages: run.count() }))
+    }
+
+    fn read_at(&mut self, address: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let count = u64::try_from(buffer.len()).unwrap_or(u64::MAX) / PAGE_SIZE;
+        let range = PageRange::with_count(PageNo::containing(address), count)
+            .ok_or_else(|| io::Error::other("a read beyond the address space"))?;
+        self.store.read_into(self.vpid, range, buffer).map_err(io::Error::other)
+    }
+}

@@ -1,0 +1,149 @@
+//! `create` of an armed container: `runc restore` in its place.
+
+use std::ffi::{OsStr, OsString};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use haulage_criu::cause::Cause;
+use haulage_engine::armed::{Armed, ArmedRoot, Outcome};
+
+use crate::RUNC;
+use crate::args::{Create, global};
+use crate::failure::Failure;
+
+/// What runc has CRIU call its log, in the working directory.
+const RESTORE_LOG: &str = "restore.log";
+
+/// Restores the container and records how that ended.
+///
+/// The state is consumed first: whatever happens from then on, it is not restored a second time.
+///
+/// # Errors
+/// The container does not run. Unless the state could not even be consumed, the failure is recorded too.
+pub(crate) fn restore(
+    root: &ArmedRoot,
+    create: &Create<'_>,
+    armed: &Armed,
+    called: Instant,
+) -> Result<(), Failure> {
+    let arguments = arguments(create, armed)?;
+    root.consume(create.id)?;
+    let begun = Instant::now();
+    // runc inherits our standard streams: they become the container's.
+    let status = Command::new(RUNC).args(arguments).status();
+    let mut outcome = Outcome {
+        ok: matches!(&status, Ok(status) if status.success()),
+        exit_code: status.as_ref().ok().and_then(|status| status.code()),
+        error: None,
+        prepare_us: micros(begun.duration_since(called)),
+        restore_us: micros(begun.elapsed()),
+    };
+    if outcome.ok {
+        return root.record(create.id, &outcome).map_err(|error| {
+            // A container that runs unknown to the restorer could run twice.
+            destroy(create);
+            Failure::Record(error)
+        });
+    }
+    let failure = match status {
+        Err(error) => Failure::Runc(error),
+        Ok(_) => Failure::Restore { migration: armed.migration.clone(), cause: cause(create, armed) },
+    };
+    outcome.error = Some(failure.chain());
+    // The reason of the failure matters more than that it could not be recorded: without a record it counts as failed.
+    let _ = root.record(create.id, &outcome);
+    Err(failure)
+}
+
+fn arguments(create: &Create<'_>, armed: &Armed) -> Result<Vec<OsString>, Failure> {
+    let mut args: Vec<OsString> = create.globals.to_vec();
+    args.extend(["restore", "--detach"].map(Into::into));
+    for (name, value) in &create.options {
+        match *name {
+            "preserve-fds" if *value == "0" => {}
+            "preserve-fds" | "pidfd-socket" => return Err(Failure::Unsupported(name)),
+            _ => option(&mut args, name, value),
+        }
+    }
+    if !create.options.iter().any(|(name, _)| *name == "bundle") {
+        return Err(Failure::Missing("bundle"));
+    }
+    // no-new-keyring has no meaning for processes that exist.
+    if create.flags.contains(&"no-pivot") {
+        args.push("--no-pivot".into());
+    }
+    option(&mut args, "image-path", armed.images.as_os_str());
+    option(&mut args, "work-path", armed.work.as_os_str());
+    let choices = [
+        (armed.tcp_established, "--tcp-established"),
+        (armed.file_locks, "--file-locks"),
+        (armed.ext_unix_sk, "--ext-unix-sk"),
+    ];
+    args.extend(choices.iter().filter(|(chosen, _)| *chosen).map(|(_, flag)| flag.into()));
+    args.push(create.id.into());
+    Ok(args)
+}
+
+fn option(args: &mut Vec<OsString>, name: &str, value: &OsStr) {
+    args.push(format!("--{name}").into());
+    args.push(value.to_owned());
+}
+
+/// CRIU's reason, or where it never got that far, runc's.
+fn cause(create: &Create<'_>, armed: &Armed) -> Cause {
+    let cause = Cause::of_log(&armed.work.join(RESTORE_LOG), None);
+    if !cause.errors.is_empty() {
+        return cause;
+    }
+    let log = global(create.globals, "log").and_then(|path| std::fs::read_to_string(path).ok());
+    Cause::of_errors(log.unwrap_or_default().lines().filter_map(runc_error))
+}
+
+/// The message of an error in runc's log, in its JSON form.
+fn runc_error(line: &str) -> Option<String> {
+    let line: serde_json::Value = serde_json::from_str(line).ok()?;
+    if line.get("level")?.as_str()? == "error" { Some(line.get("msg")?.as_str()?.to_owned()) } else { None }
+}
+
+fn destroy(create: &Create<'_>) {
+    let mut args = create.globals.to_vec();
+    args.extend(["delete", "--force", create.id].map(Into::into));
+    // The failure that is being reported says what matters; the engine deletes a container that it could not create.
+    let _ = Command::new(RUNC).args(args).status();
+}
+
+fn micros(duration: Duration) -> u64 {
+    duration.as_micros().try_into().unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::{Call, parse};
+
+    fn built(line: &str) -> Result<String, Failure> {
+        let args: Vec<OsString> = line.split_whitespace().map(Into::into).collect();
+        let Call::Create(create) = parse(&args) else { panic!("{line}") };
+        let args = arguments(&create, &Armed::new("m", "/images", "/work"))?;
+        Ok(args.join(OsStr::new(" ")).into_string().unwrap())
+    }
+
+    #[test]
+    fn create_becomes_restore_with_all_that_it_was_given() {
+        assert_eq!(
+            built("--root /r --log /l create --bundle /b --pid-file /p --no-new-keyring abc").unwrap(),
+            "--root /r --log /l restore --detach --bundle /b --pid-file /p --image-path /images --work-path /work \
+             --tcp-established --file-locks --ext-unix-sk abc"
+        );
+    }
+
+    #[test]
+    fn what_a_restore_cannot_do_is_refused() {
+        assert!(matches!(
+            built("create -b /b --preserve-fds 2 abc"),
+            Err(Failure::Unsupported("preserve-fds"))
+        ));
+        assert!(built("create -b /b --preserve-fds 0 abc").is_ok());
+        assert!(matches!(built("create --pid-file /p abc"), Err(Failure::Missing("bundle"))));
+    }
+}

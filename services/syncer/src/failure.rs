@@ -1,0 +1,45 @@
+//! How this service's errors look to the coordinator.
+
+use std::error::Error;
+
+use haulage_engine::{EngineError, EngineErrorKind};
+use haulage_files::FilesError;
+use haulage_protocol::fault::{Fault, FaultCode, code};
+use haulage_transport::bucket::BucketError;
+use haulage_transport::stream::StreamError;
+
+/// The engine could not do what was asked.
+pub(crate) const ENGINE: FaultCode = FaultCode::known("engine_failed");
+/// The image that came out of the bucket is not the one that went in.
+pub(crate) const IMAGE: FaultCode = FaultCode::known("image_failed");
+
+pub(crate) fn fault<E: Error>(code: FaultCode) -> impl Fn(E) -> Fault {
+    move |error| Fault::from_error(code.clone(), &error)
+}
+
+pub(crate) fn engine(error: &EngineError) -> Fault {
+    match error.kind() {
+        EngineErrorKind::Unreachable | EngineErrorKind::Timeout => {
+            Fault::from_error(ENGINE, error).remedy("see whether dockerd runs on the host")
+        }
+        _ => Fault::from_error(ENGINE, error),
+    }
+}
+
+pub(crate) fn stream(error: &StreamError) -> Fault {
+    Fault::from_error(FaultCode::new(error.code()), error)
+        .remedy("see whether the target's bulk address can be reached from the source host")
+}
+
+pub(crate) fn files(error: &FilesError) -> Fault {
+    Fault::from_error(FaultCode::new(error.code()), error)
+}
+
+pub(crate) fn bucket(error: &BucketError) -> Fault {
+    Fault::from_error(FaultCode::new(error.code()), error)
+        .remedy("see whether the bucket (--bucket) can be read and written from both hosts")
+}
+
+pub(crate) fn no_answer(what: &str) -> Fault {
+    Fault::new(code::UNREACHABLE, format!("the target does not say that it has {what}"))
+}

@@ -1,0 +1,69 @@
+//! The syncer: images through the bucket; the writable layer, volumes, logs and CRIU's images over a bulk stream,
+//! in passes. It does not touch processes.
+
+mod archive;
+mod failure;
+mod image;
+mod source;
+mod target;
+
+use std::collections::HashMap;
+use std::error::Error;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use haulage_engine::Docker;
+use haulage_protocol::fault::Fault;
+use haulage_protocol::id::MigrationId;
+use haulage_protocol::syncer::{CloseFiles, FilesClosed, OpenFiles, PullImage, PushImage, SyncFiles};
+use haulage_service::Shell;
+use haulage_service::config::HostConfig;
+use haulage_transport::bucket::Bucket;
+use haulage_transport::stream::BulkListener;
+
+/// What every verb works with.
+pub(crate) struct Syncer {
+    config: HostConfig,
+    docker: Docker,
+    bucket: Bucket,
+    listener: BulkListener,
+    sources: Mutex<HashMap<MigrationId, source::Session>>,
+    targets: Mutex<HashMap<MigrationId, target::Session>>,
+}
+
+/// Registers the verbs.
+///
+/// # Errors
+/// When the engine cannot be reached, the bucket cannot be opened or the bulk address cannot be listened on.
+pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>> {
+    let listener = BulkListener::bind(shell.config.bulk_listen).await?;
+    shell.facts.insert("files".to_owned(), shell.config.advertised(listener.local_addr()).to_string());
+    shell.facts.insert("bucket".to_owned(), shell.config.bucket.clone());
+    let service = Arc::new(Syncer {
+        docker: Docker::connect(shell.config.docker_socket().as_ref()).await?,
+        bucket: Bucket::open(&shell.config.bucket)?,
+        config: shell.config.clone(),
+        listener,
+        sources: Mutex::default(),
+        targets: Mutex::default(),
+    });
+    let server = &mut shell.server;
+    let s = service.clone();
+    server.answer::<PushImage, _, _>(move |at, ask| image::push(s.clone(), at.migration, ask)).await?;
+    let s = service.clone();
+    server.answer::<PullImage, _, _>(move |at, ask| image::pull(s.clone(), at.migration, ask)).await?;
+    let s = service.clone();
+    server.answer::<OpenFiles, _, _>(move |at, ask| target::open(s.clone(), at.migration, ask)).await?;
+    let s = service.clone();
+    server.answer::<SyncFiles, _, _>(move |at, ask| source::sync(s.clone(), at.migration, ask)).await?;
+    server.answer::<CloseFiles, _, _>(move |at, _| close(service.clone(), at.migration)).await?;
+    Ok(())
+}
+
+async fn close(service: Arc<Syncer>, migration: MigrationId) -> Result<FilesClosed, Fault> {
+    drop(service.sources.lock().unwrap_or_else(PoisonError::into_inner).remove(&migration));
+    let target = service.targets.lock().unwrap_or_else(PoisonError::into_inner).remove(&migration);
+    if let Some(target) = target {
+        target.end().await;
+    }
+    Ok(FilesClosed {})
+}

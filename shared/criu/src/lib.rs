@@ -1,0 +1,27 @@
+//! CRIU, driven through its RPC and never through its command line: dump and hold a process tree, and join its
+//! images with memory that came another way.
+//!
+//! ```text
+//!   source                                                target
+//!   PagemapMask::prepare   before the freeze              Assembly::begin   images as received, linked
+//!   PagemapMask::cover     hide the tracked memory        Assembly::add_pages   ours joins CRIU's
+//!   Dump::start  ───────▶  HeldDump                       runc restore
+//!        commit: the tree is killed
+//!        roll_back, drop, our death: the tree goes on
+//! ```
+//!
+//! All calls block; none belongs on an async executor.
+
+pub mod cause;
+pub mod dump;
+pub mod held;
+pub mod image;
+pub mod inventory;
+pub mod mask;
+pub mod merge;
+pub mod mm;
+pub mod pagemap;
+pub mod pstree;
+pub mod rpc;
+pub mod swrk;
+pub mod version;

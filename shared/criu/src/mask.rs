@@ -1,0 +1,312 @@
+//! The masked pagemap: how memory that we track is kept out of CRIU's dump.
+//!
+//! CRIU decides by `/proc/<pid>/pagemap` which pages to dump. It is run in a private mount namespace in which a sparse
+//! file covers that of every process: the true entries for what CRIU shall dump, holes, that is "not present", for what
+//! it shall not. Covering CRIU's own pagemap with holes makes it find the `PAGEMAP_SCAN` ioctl unsupported and read.
+//!
+//! CRIU caches what it finds out about the kernel in `/run/criu.kdat`. A cache left by a CRIU without the mask says
+//! that the ioctl works, and one left by a masked CRIU says that it does not; so the masked one gets a cache of its own.
+
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, ErrorKind};
+use std::ops::Range;
+use std::os::unix::fs::{DirBuilderExt, FileExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use haulage_sys::mount_ns::spawn_in_private_mounts;
+
+use crate::cause::Cause;
+use crate::image::PAGE_SIZE;
+use crate::swrk::{Criu, WorkerView};
+
+/// A tmpfs that every Linux host has.
+pub const DEFAULT_PARENT: &str = "/dev/shm";
+
+/// The size of a pagemap of a 57-bit address space, in bytes. A shorter file would make CRIU read at its end forever.
+const PAGEMAP_SIZE: u64 = 1 << (57 - 12 + 3);
+/// Above this lies the kernel's half of the address space, where `[vsyscall]` is listed too.
+const USER_END: u64 = 1 << 56;
+const DIR_PREFIX: &str = "haul-mask-";
+/// Bytes of pagemap that stand for a page.
+const ENTRY: u64 = 8;
+/// Pagemaps are copied in pieces of this size, in bytes (64 MiB of address space).
+const PIECE: usize = 128 << 10;
+/// `TMPFS_MAGIC` of `linux/magic.h`: other file systems cannot hold a file of that size.
+const TMPFS_MAGIC: i64 = 0x0102_1994;
+/// The directory and the name of CRIU's cache (`criu/kerndat.c`).
+const RUN_DIR: &str = "/run";
+const CACHE_NAME: &str = "criu.kdat";
+
+/// The mask could not be made. Nothing of it is left, and CRIU would see everything as it is.
+#[derive(Debug, thiserror::Error)]
+pub enum MaskError {
+    /// The file system said no.
+    #[error("cannot use {path}")]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The parent directory cannot hold sparse files of that size.
+    #[error("{0} is not on tmpfs")]
+    NotTmpfs(PathBuf),
+    /// CRIU does not work behind the mask.
+    #[error("criu cannot work with a masked pagemap: {0}")]
+    Unfit(Cause),
+}
+
+/// Masked pagemaps, in a directory that is removed when this is dropped, or swept when this process died before.
+#[derive(Debug)]
+pub struct PagemapMask {
+    dir: PathBuf,
+    /// Locked as long as the directory is in use.
+    _lock: File,
+    hole: PathBuf,
+    cache: PathBuf,
+    covered: Vec<(PathBuf, PathBuf)>,
+}
+
+impl PagemapMask {
+    /// Makes ready for processes to be covered. Runs CRIU once for its cache, so it belongs before the freeze.
+    ///
+    /// # Errors
+    /// When `parent` is not on tmpfs, or CRIU fails its own check behind the mask.
+    pub fn prepare(criu: &Criu, parent: &Path) -> Result<Self, MaskError> {
+        if rustix::fs::statfs(parent).map_err(|errno| at(parent)(errno.into()))?.f_type != TMPFS_MAGIC {
+            return Err(MaskError::NotTmpfs(parent.to_owned()));
+        }
+        let (dir, lock) = make_dir(parent)?;
+        let run = dir.join("run");
+        let mask = Self {
+            hole: dir.join("hole"),
+            cache: run.join(CACHE_NAME),
+            covered: Vec::new(),
+            dir,
+            _lock: lock,
+        };
+        sparse(&mask.hole)?;
+        fs::create_dir(&run).map_err(at(&run))?;
+        mask.make_cache(criu, run)?;
+        Ok(mask)
+    }
+
+    /// Covers process `pid` (an id in our own pid namespace): its memory in `hidden` (addresses in bytes, page-aligned)
+    /// is absent for CRIU, all else as it is now. The process must be frozen and stay so until the dump is over.
+    ///
+    /// # Errors
+    /// When the process is gone or its pagemap cannot be read.
+    pub fn cover(&mut self, pid: i32, hidden: &[Range<u64>]) -> Result<(), MaskError> {
+        let proc = PathBuf::from(format!("/proc/{pid}"));
+        let (maps, real, copy) = (proc.join("maps"), proc.join("pagemap"), self.dir.join(pid.to_string()));
+        let mappings = read_maps(&maps).map_err(at(&maps))?;
+        let pagemap = File::open(&real).map_err(at(&real))?;
+        let masked = sparse(&copy)?;
+        for shown in subtract(&mappings, hidden) {
+            copy_entries(&pagemap, &masked, shown).map_err(at(&real))?;
+        }
+        self.covered.push((copy, real));
+        Ok(())
+    }
+
+    pub(crate) fn view(&self) -> Result<WorkerView, MaskError> {
+        let cache = Path::new(RUN_DIR).join(CACHE_NAME);
+        // Something must be there to be covered. CRIU takes an empty cache for a stale one and makes it anew.
+        match File::options().write(true).create_new(true).open(&cache) {
+            Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(at(&cache)(error)),
+            _ => {}
+        }
+        let mut binds = self.covered.clone();
+        binds.push((self.cache.clone(), cache));
+        Ok(WorkerView { binds, over_own_pagemap: Some(self.hole.clone()) })
+    }
+
+    /// `criu check` in one process, unlike the RPC's: it leaves the cache that a masked dump would find out itself.
+    fn make_cache(&self, criu: &Criu, run: PathBuf) -> Result<(), MaskError> {
+        let log = self.dir.join("check.log");
+        let mut cmd = Command::new(criu.program());
+        cmd.arg("check").arg("-o").arg(&log).arg("-v2").current_dir(&self.dir);
+        cmd.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let binds = [(run, PathBuf::from(RUN_DIR))];
+        let status = spawn_in_private_mounts(cmd, &binds, Some(&self.hole))
+            .and_then(|mut child| child.wait())
+            .map_err(at(criu.program()))?;
+        if status.success() && self.cache.is_file() {
+            Ok(())
+        } else {
+            Err(MaskError::Unfit(Cause::of_log(&log, None)))
+        }
+    }
+}
+
+impl Drop for PagemapMask {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.dir) {
+            tracing::warn!(dir = %self.dir.display(), %error, "cannot remove the masked pagemaps");
+        }
+    }
+}
+
+/// Makes a directory for a mask in `parent`, locked, after removing those of processes that died.
+fn make_dir(parent: &Path) -> Result<(PathBuf, File), MaskError> {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    // Held while a directory is there that is not locked yet: nobody sweeps it meanwhile.
+    let whole = File::open(parent).map_err(at(parent))?;
+    whole.lock().map_err(at(parent))?;
+    for entry in fs::read_dir(parent).map_err(at(parent))? {
+        let entry = entry.map_err(at(parent))?;
+        if entry.file_name().as_encoded_bytes().starts_with(DIR_PREFIX.as_bytes()) {
+            let dir = entry.path();
+            // One that is in use is locked; one that cannot be removed does not keep us from our own.
+            if File::open(&dir).is_ok_and(|lock| lock.try_lock().is_ok()) {
+                let _ = fs::remove_dir_all(&dir);
+            }
+        }
+    }
+    let name = format!("{DIR_PREFIX}{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    let dir = parent.join(name);
+    fs::DirBuilder::new().mode(0o700).create(&dir).map_err(at(&dir))?;
+    let lock = File::open(&dir).map_err(at(&dir))?;
+    lock.lock().map_err(at(&dir))?;
+    Ok((dir, lock))
+}
+
+fn at(path: &Path) -> impl FnOnce(io::Error) -> MaskError {
+    let path = path.to_owned();
+    move |source| MaskError::Io { path, source }
+}
+
+fn sparse(path: &Path) -> Result<File, MaskError> {
+    let file = File::create_new(path).map_err(at(path))?;
+    file.set_len(PAGEMAP_SIZE).map_err(at(path))?;
+    Ok(file)
+}
+
+/// The address ranges of a `/proc/<pid>/maps`, ascending.
+fn read_maps(path: &Path) -> io::Result<Vec<Range<u64>>> {
+    let mut ranges = Vec::new();
+    for line in BufReader::new(File::open(path)?).split(b'\n') {
+        let line = line?;
+        let range =
+            line.split(|byte| *byte == b' ').next().and_then(parse_range).ok_or(ErrorKind::InvalidData)?;
+        if range.start < USER_END {
+            ranges.push(range);
+        }
+    }
+    Ok(ranges)
+}
+
+fn parse_range(text: &[u8]) -> Option<Range<u64>> {
+    let (start, end) = std::str::from_utf8(text).ok()?.split_once('-')?;
+    let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
+    (start < end).then_some(start..end)
+}
+
+/// What of `all` (ascending) is not in `hidden` (in any order).
+fn subtract(all: &[Range<u64>], hidden: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut hidden: Vec<_> = hidden.iter().filter(|range| range.start < range.end).collect();
+    hidden.sort_by_key(|range| range.start);
+    let mut shown = Vec::new();
+    let mut first = 0;
+    for range in all {
+        // Both lists ascend, so those that end before this range matter to none that follows. They may overlap one
+        // another; then this stops early, which costs time only.
+        while hidden.get(first).is_some_and(|hide| hide.end <= range.start) {
+            first += 1;
+        }
+        let mut at = range.start;
+        for hide in hidden.iter().skip(first).take_while(|hide| hide.start < range.end) {
+            if hide.start > at {
+                shown.push(at..hide.start);
+            }
+            at = at.max(hide.end);
+        }
+        if at < range.end {
+            shown.push(at..range.end);
+        }
+    }
+    shown
+}
+
+/// Copies the pagemap entries of the addresses in `shown`, leaving holes where there is nothing.
+fn copy_entries(from: &File, to: &File, shown: Range<u64>) -> io::Result<()> {
+    let entries = shown.start / PAGE_SIZE * ENTRY..shown.end.div_ceil(PAGE_SIZE) * ENTRY;
+    let mut buffer = vec![0; PIECE];
+    for offset in entries.clone().step_by(PIECE) {
+        // At most PIECE.
+        let length = (entries.end - offset).min(PIECE as u64) as usize;
+        let piece = buffer.get_mut(..length).unwrap_or_default();
+        from.read_exact_at(piece, offset)?;
+        if piece.iter().any(|byte| *byte != 0) {
+            to.write_all_at(piece, offset)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn subtraction_agrees_with_the_naive_one(
+            lengths in prop::collection::vec((0u64..4, 1u64..6), 0..8),
+            hidden in prop::collection::vec((0u64..60, 0u64..12), 0..8),
+        ) {
+            let mut at = 0;
+            let mut all = Vec::new();
+            for (gap, length) in lengths {
+                at += gap;
+                all.push(at..at + length);
+                at += length;
+            }
+            let hidden: Vec<_> = hidden.into_iter().map(|(start, length)| start..start + length).collect();
+            let expected: Vec<u64> =
+                all.iter().cloned().flatten().filter(|at| !hidden.iter().any(|hide| hide.contains(at))).collect();
+            let shown: Vec<u64> = subtract(&all, &hidden).into_iter().flatten().collect();
+            prop_assert_eq!(shown, expected);
+        }
+    }
+
+    #[test]
+    fn a_line_of_maps_without_a_range_is_an_error() {
+        assert_eq!(parse_range(b"7f00-7f10"), Some(0x7f00..0x7f10));
+        for bad in ["", "7f00", "7f10-7f00", "zz-7f", "\u{fffd}"] {
+            assert_eq!(parse_range(bad.as_bytes()), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_covered_process_shows_only_what_is_not_hidden() {
+        let (Ok(criu), Ok(true)) = (Criu::find(), fs::exists(DEFAULT_PARENT)) else {
+            panic!("this test needs criu and {DEFAULT_PARENT}: see deploy/setup");
+        };
+        let pages = vec![1u8; 64 * PAGE_SIZE as usize];
+        let start = (pages.as_ptr() as u64).next_multiple_of(PAGE_SIZE);
+        let mut mask = PagemapMask::prepare(&criu, Path::new(DEFAULT_PARENT)).unwrap();
+        let dir = mask.dir.clone();
+        // As a process that died would leave it; the mask in use stays when it is swept.
+        let stale = Path::new(DEFAULT_PARENT).join(format!("{DIR_PREFIX}stale-{}", std::process::id()));
+        fs::create_dir(&stale).unwrap();
+        drop(PagemapMask::prepare(&criu, Path::new(DEFAULT_PARENT)).unwrap());
+        assert!(!stale.exists() && dir.exists());
+        let hidden = start + 8 * PAGE_SIZE..start + 16 * PAGE_SIZE;
+        let pid = std::process::id() as i32;
+        mask.cover(pid, std::slice::from_ref(&hidden)).unwrap();
+        let masked = File::open(dir.join(pid.to_string())).unwrap();
+        for page in 0..63 {
+            let mut entry = [0; 8];
+            let address = start + page * PAGE_SIZE;
+            masked.read_exact_at(&mut entry, address / PAGE_SIZE * ENTRY).unwrap();
+            let present = u64::from_le_bytes(entry) >> 63 == 1;
+            assert_eq!(present, !hidden.contains(&address), "page {page}");
+        }
+        drop(mask);
+        assert!(!dir.exists());
+        drop(pages);
+    }
+}

@@ -1,0 +1,49 @@
+//! `mm-<pid>.img`: the memory mappings of a process, as the restore will make them.
+
+use std::path::Path;
+
+use crate::image::{ImageError, ImageKind, ImageReader};
+
+/// `VMA_FILE_PRIVATE` and `VMA_ANON_PRIVATE` of `criu/include/image.h`: the mappings whose pages the images hold.
+const PRIVATE: u32 = 1 << 6 | 1 << 9;
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct MmEntry {
+    #[prost(message, repeated, tag = "14")]
+    mappings: Vec<Mapping>,
+}
+
+/// A mapping. Addresses are in bytes, `end` exclusive.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Mapping {
+    /// Its first byte.
+    #[prost(uint64, required, tag = "1")]
+    pub start: u64,
+    /// The byte after its last.
+    #[prost(uint64, required, tag = "2")]
+    pub end: u64,
+    /// CRIU's `VMA_…` bits.
+    #[prost(uint32, required, tag = "7")]
+    pub status: u32,
+}
+
+impl Mapping {
+    /// Whether the images hold pages of it.
+    pub fn is_private(&self) -> bool {
+        self.status & PRIVATE != 0
+    }
+}
+
+/// The mappings of process `pid` in the images in `dir`, in address order.
+///
+/// # Errors
+/// When the image is missing or damaged.
+pub fn read(dir: &Path, pid: u32) -> Result<Vec<Mapping>, ImageError> {
+    let mut reader = ImageReader::open(&dir.join(format!("mm-{pid}.img")), ImageKind::Mm)?;
+    let entry: MmEntry = reader.read()?.ok_or_else(|| reader.damaged("it is empty"))?;
+    if entry.mappings.is_sorted_by_key(|mapping| mapping.start) {
+        Ok(entry.mappings)
+    } else {
+        Err(reader.unknown("mappings out of order"))
+    }
+}

@@ -1,0 +1,147 @@
+//! 2 MiB of one process's memory, as the store knows it.
+
+use crate::range::{PageNo, PageRange};
+
+/// Pages in one chunk.
+pub(crate) const CHUNK_PAGES: u64 = 512;
+const WORD: u64 = 64;
+const WORDS: usize = (CHUNK_PAGES / WORD) as usize;
+
+/// One bit for each page of a chunk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Bits(pub(crate) [u64; WORDS]);
+
+impl Bits {
+    /// The bits `start..end`.
+    fn of(start: u64, end: u64) -> Self {
+        let mut bits = Self::default();
+        for (word, first) in bits.0.iter_mut().zip((0..CHUNK_PAGES).step_by(WORD as usize)) {
+            let low = start.clamp(first, first + WORD) - first;
+            let high = end.clamp(first, first + WORD) - first;
+            // As 128 bits, so that shifting by 64 is defined.
+            *word = ((1_u128 << high) - (1_u128 << low.min(high))) as u64;
+        }
+        bits
+    }
+
+    pub(crate) fn is_empty(self) -> bool {
+        self.0.iter().all(|word| *word == 0)
+    }
+
+    pub(crate) fn count(self) -> u64 {
+        self.0.iter().map(|word| u64::from(word.count_ones())).sum()
+    }
+
+    pub(crate) fn contains(self, bit: u64) -> bool {
+        self.0.get((bit / WORD) as usize).is_some_and(|word| word & (1 << (bit % WORD)) != 0)
+    }
+
+    pub(crate) fn or(self, other: Self) -> Self {
+        self.zip(other, |one, other| one | other)
+    }
+
+    pub(crate) fn and(self, other: Self) -> Self {
+        self.zip(other, |one, other| one & other)
+    }
+
+    pub(crate) fn and_not(self, other: Self) -> Self {
+        self.zip(other, |one, other| one & !other)
+    }
+
+    fn zip(mut self, other: Self, operation: impl Fn(u64, u64) -> u64) -> Self {
+        for (one, other) in self.0.iter_mut().zip(other.0) {
+            *one = operation(*one, other);
+        }
+        self
+    }
+}
+
+/// What is stored of one chunk, and where.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Chunk {
+    /// Place in the data file, counted in chunks. None while every stored page is zero.
+    pub(crate) slot: Option<u32>,
+    /// Pages that are stored.
+    pub(crate) present: Bits,
+    /// Those of them whose bytes are in the data file; the others are zero.
+    pub(crate) data: Bits,
+}
+
+/// Part of a range within one chunk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Piece {
+    /// Which chunk of the address space.
+    pub(crate) chunk: u64,
+    pub(crate) range: PageRange,
+}
+
+impl Piece {
+    /// Cuts `range` at chunk boundaries.
+    pub(crate) fn of(range: PageRange) -> impl Iterator<Item = Self> {
+        let mut rest = Some(range);
+        std::iter::from_fn(move || {
+            let whole = rest?;
+            let start = whole.start().0;
+            let (range, after) = whole.split_at(CHUNK_PAGES - start % CHUNK_PAGES);
+            rest = after;
+            Some(Self { chunk: start / CHUNK_PAGES, range })
+        })
+    }
+
+    /// First page within the chunk.
+    pub(crate) fn first(self) -> u64 {
+        self.range.start().0 % CHUNK_PAGES
+    }
+
+    pub(crate) fn bits(self) -> Bits {
+        Bits::of(self.first(), self.first() + self.range.count())
+    }
+}
+
+impl Chunk {
+    /// The stored pages of chunk number `index`, in runs that are alike: in the data file, or zero.
+    pub(crate) fn runs(&self, index: u64) -> impl Iterator<Item = (PageRange, bool)> + '_ {
+        let mut page = 0;
+        std::iter::from_fn(move || {
+            while page < CHUNK_PAGES && !self.present.contains(page) {
+                page += 1;
+            }
+            let start = page;
+            let in_file = self.data.contains(start);
+            while page < CHUNK_PAGES && self.present.contains(page) && self.data.contains(page) == in_file {
+                page += 1;
+            }
+            let first = PageNo(index * CHUNK_PAGES + start);
+            Some((PageRange::with_count(first, page - start)?, in_file))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn bits_are_those_asked_for(start in 0..CHUNK_PAGES, count in 0..CHUNK_PAGES) {
+            let end = (start + count).min(CHUNK_PAGES);
+            let bits = Bits::of(start, end);
+            prop_assert!((0..CHUNK_PAGES).all(|bit| bits.contains(bit) == (start..end).contains(&bit)));
+            prop_assert_eq!(bits.count(), end - start);
+        }
+
+        #[test]
+        fn pieces_cover_a_range_without_crossing_chunks(start in 0..5000_u64, count in 1..5000_u64) {
+            let range = PageRange::with_count(PageNo(start), count).unwrap();
+            let mut next = start;
+            for piece in Piece::of(range) {
+                prop_assert_eq!(piece.range.start().0, next);
+                prop_assert!(piece.first() + piece.range.count() <= CHUNK_PAGES);
+                prop_assert_eq!(piece.chunk, next / CHUNK_PAGES);
+                next = piece.range.end().0;
+            }
+            prop_assert_eq!(next, start + count);
+        }
+    }
+}

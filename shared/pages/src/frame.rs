@@ -1,0 +1,407 @@
+//! Batches of pages and parts of the final manifest, as bytes.
+//!
+//! The connection that carries them adds lengths and checksums. All numbers are little-endian.
+//!
+//! ```text
+//! batch      magic "HPB1", codec u8, 0 u8 x3, vpid u32, round u32, generation u64, runs u32, data length u32,
+//!            data, then one u64 for each run
+//! manifest   magic "HPM1", 0 u32, vpid u32, last u32, generation u64, runs u32, 0 u32, then one u64 for each run
+//! run        bits 0-35 first page, bits 36-62 number of pages, bit 63 set when all are zero
+//! ```
+//! A run of zero pages has no data, so it costs 8 bytes whatever its length.
+
+use std::borrow::Cow;
+
+use haulage_sys::PAGE_BYTES;
+
+use crate::codec::{Codec, CodecError};
+use crate::process::{Generation, Vpid};
+use crate::range::{PageNo, PageRange};
+
+/// Pages with data in one batch, at most: 1 MiB unpacked.
+pub const MAX_DATA_PAGES: usize = 256;
+/// Runs in one batch or one part of a manifest, at most.
+pub const MAX_RUNS: usize = 64 * 1024;
+/// Bytes of an encoded batch or manifest part, at most. What is longer is refused before it is looked at.
+pub const MAX_FRAME: usize = HEADER + MAX_DATA_PAGES * PAGE_BYTES + MAX_RUNS * RUN;
+
+pub(crate) const HEADER: usize = 32;
+const RUN: usize = 8;
+const BATCH_MAGIC: [u8; 4] = *b"HPB1";
+const MANIFEST_MAGIC: [u8; 4] = *b"HPM1";
+
+const PAGE_BITS: u32 = 36;
+const COUNT_BITS: u32 = 27;
+const ZERO: u64 = 1 << 63;
+/// Pages in one run on the wire, at most; longer runs are split.
+pub const MAX_RUN_PAGES: u64 = (1 << COUNT_BITS) - 1;
+
+const _: () = assert!(PageNo::END.0 <= 1 << PAGE_BITS);
+const _: () = assert!(PAGE_BITS + COUNT_BITS == 63);
+
+/// Bytes that are not a batch or a part of a manifest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// Longer than [`MAX_FRAME`].
+    #[error("{0} bytes are more than a frame may have")]
+    TooLong(usize),
+    /// It ends before its header or its runs do, or goes on after them.
+    #[error("a frame of {found} bytes has {expected}")]
+    Length {
+        /// What its header says, or needs.
+        expected: usize,
+        /// What there is.
+        found: usize,
+    },
+    /// It does not start as a frame of this version does.
+    #[error("not a frame of this version")]
+    Magic,
+    /// A field that must be zero is not.
+    #[error("a reserved field is set")]
+    Reserved,
+    /// More runs than [`MAX_RUNS`], or more pages with data than [`MAX_DATA_PAGES`].
+    #[error("more runs or pages than a frame may have")]
+    TooMany,
+    /// A run that is empty, beyond the end of memory, or not after the run before it.
+    #[error("run {index} is not after the one before it in memory")]
+    Run {
+        /// Which.
+        index: usize,
+    },
+    /// The data could not be unpacked.
+    #[error("data cannot be unpacked")]
+    Codec(#[from] CodecError),
+}
+
+/// Adjacent pages of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// Which.
+    pub range: PageRange,
+    /// All of their bytes are zero, and not in the batch.
+    pub zero: bool,
+}
+
+/// Pages of one process, decoded and checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Batch<'a> {
+    /// Whose.
+    pub vpid: Vpid,
+    /// Which process of that id.
+    pub generation: Generation,
+    /// The round they were read in. A page of a later round replaces one of an earlier, never the other way round.
+    pub round: u32,
+    /// Which pages, ascending.
+    pub runs: Vec<Run>,
+    /// The bytes of the runs that are not zero, one after the other.
+    pub data: Cow<'a, [u8]>,
+}
+
+impl<'a> Batch<'a> {
+    /// Decodes and checks a batch. Whatever is accepted can be stored: runs ascend, stay within user memory, and have
+    /// as much data as they say.
+    ///
+    /// # Errors
+    /// See [`FrameError`].
+    pub fn decode(bytes: &'a [u8]) -> Result<Self, FrameError> {
+        let header = Header::decode(bytes, BATCH_MAGIC)?;
+        let [codec, reserved @ ..] = header.first.to_le_bytes();
+        if reserved != [0; 3] {
+            return Err(FrameError::Reserved);
+        }
+        let codec = Codec::from_id(codec)?;
+        let (data, runs) = header.body(bytes)?;
+        let runs = decode_runs(runs)?;
+        let with_data: u64 = runs.iter().filter(|run| !run.zero).map(|run| run.range.count()).sum();
+        if with_data > MAX_DATA_PAGES as u64 {
+            return Err(FrameError::TooMany);
+        }
+        let data = codec.unpack(data, with_data as usize * PAGE_BYTES)?;
+        Ok(Self { vpid: header.vpid, generation: header.generation, round: header.third, runs, data })
+    }
+
+    /// The runs with their bytes; zero runs have none.
+    pub fn pieces(&self) -> impl Iterator<Item = (Run, &[u8])> {
+        let mut rest: &[u8] = &self.data;
+        self.runs.iter().map(move |run| {
+            let length = if run.zero { 0 } else { run.range.count() as usize * PAGE_BYTES };
+            let (bytes, after) = rest.split_at_checked(length).unwrap_or((rest, &[]));
+            rest = after;
+            (*run, bytes)
+        })
+    }
+}
+
+/// Builds one batch: [`HEADER`] bytes, then data appended by the caller, then [`finish`](BatchBuilder::finish).
+#[derive(Debug)]
+pub(crate) struct BatchBuilder {
+    pub(crate) bytes: Vec<u8>,
+}
+
+impl BatchBuilder {
+    pub(crate) fn new() -> Self {
+        let mut bytes = Vec::with_capacity(HEADER + MAX_DATA_PAGES * (PAGE_BYTES + RUN));
+        bytes.resize(HEADER, 0);
+        Self { bytes }
+    }
+
+    /// Packs the data, and adds the runs and the header. Runs are ascending, at most [`MAX_RUNS`] after splitting,
+    /// and describe exactly the data.
+    pub(crate) fn finish(
+        mut self,
+        codec: Codec,
+        vpid: Vpid,
+        generation: Generation,
+        round: u32,
+        runs: &[Run],
+    ) -> Vec<u8> {
+        codec.pack(&mut self.bytes, HEADER);
+        let data = self.bytes.len() - HEADER;
+        let count = append_runs(&mut self.bytes, runs.iter().copied());
+        let first = u32::from(codec.id());
+        let header = Header { first, vpid, third: round, generation, runs: count, data: data as u32 };
+        header.write(&mut self.bytes, BATCH_MAGIC);
+        self.bytes
+    }
+}
+
+/// Part of the list of pages that one process has, decoded and checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ManifestPart {
+    pub(crate) vpid: Vpid,
+    pub(crate) generation: Generation,
+    /// No further part of this process follows.
+    pub(crate) last: bool,
+    pub(crate) ranges: Vec<PageRange>,
+}
+
+impl ManifestPart {
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, FrameError> {
+        let header = Header::decode(bytes, MANIFEST_MAGIC)?;
+        if header.first != 0 || header.data != 0 || header.third > 1 {
+            return Err(FrameError::Reserved);
+        }
+        let (_, runs) = header.body(bytes)?;
+        let ranges = decode_runs(runs)?.into_iter().map(|run| run.range).collect();
+        Ok(Self { vpid: header.vpid, generation: header.generation, last: header.third == 1, ranges })
+    }
+
+    /// `ranges` are ascending, at most [`MAX_RUNS`], none longer than [`MAX_RUN_PAGES`].
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut bytes = vec![0; HEADER];
+        let runs =
+            append_runs(&mut bytes, self.ranges.iter().map(|range| Run { range: *range, zero: false }));
+        let third = u32::from(self.last);
+        let header = Header { first: 0, vpid: self.vpid, third, generation: self.generation, runs, data: 0 };
+        header.write(&mut bytes, MANIFEST_MAGIC);
+        bytes
+    }
+}
+
+/// The runs in pieces that fit the wire.
+pub(crate) fn split_runs(ranges: &[PageRange]) -> impl Iterator<Item = PageRange> + '_ {
+    ranges.iter().flat_map(|range| {
+        let mut rest = Some(*range);
+        std::iter::from_fn(move || {
+            let (piece, after) = rest?.split_at(MAX_RUN_PAGES);
+            rest = after;
+            Some(piece)
+        })
+    })
+}
+
+struct Header {
+    first: u32,
+    vpid: Vpid,
+    third: u32,
+    generation: Generation,
+    runs: u32,
+    data: u32,
+}
+
+impl Header {
+    fn decode(bytes: &[u8], magic: [u8; 4]) -> Result<Self, FrameError> {
+        if bytes.len() > MAX_FRAME {
+            return Err(FrameError::TooLong(bytes.len()));
+        }
+        let short = FrameError::Length { expected: HEADER, found: bytes.len() };
+        let header: &[u8; HEADER] = bytes.first_chunk().ok_or(short)?;
+        let (words, _) = header.as_chunks::<4>();
+        let &[start, first, vpid, third, low, high, runs, data] = words else { return Err(short) };
+        if start != magic {
+            return Err(FrameError::Magic);
+        }
+        let number = u32::from_le_bytes;
+        Ok(Self {
+            first: number(first),
+            vpid: Vpid(number(vpid)),
+            third: number(third),
+            generation: Generation(u64::from(number(low)) | u64::from(number(high)) << 32),
+            runs: number(runs),
+            data: number(data),
+        })
+    }
+
+    /// Data and runs, when the frame has exactly the bytes that the header says.
+    fn body<'a>(&self, bytes: &'a [u8]) -> Result<(&'a [u8], &'a [u8]), FrameError> {
+        if self.runs as usize > MAX_RUNS {
+            return Err(FrameError::TooMany);
+        }
+        let expected = HEADER + self.data as usize + self.runs as usize * RUN;
+        if bytes.len() != expected {
+            return Err(FrameError::Length { expected, found: bytes.len() });
+        }
+        let body = bytes.get(HEADER..).unwrap_or_default();
+        body.split_at_checked(self.data as usize).ok_or(FrameError::Length { expected, found: bytes.len() })
+    }
+
+    fn write(&self, bytes: &mut [u8], magic: [u8; 4]) {
+        let fields = [
+            &magic[..],
+            &self.first.to_le_bytes(),
+            &self.vpid.0.to_le_bytes(),
+            &self.third.to_le_bytes(),
+            &self.generation.0.to_le_bytes(),
+            &self.runs.to_le_bytes(),
+            &self.data.to_le_bytes(),
+        ];
+        for (to, from) in bytes.iter_mut().zip(fields.concat()) {
+            *to = from;
+        }
+    }
+}
+
+fn append_runs(bytes: &mut Vec<u8>, runs: impl Iterator<Item = Run>) -> u32 {
+    let mut count = 0;
+    for run in runs {
+        let zero = if run.zero { ZERO } else { 0 };
+        for piece in split_runs(&[run.range]) {
+            bytes.extend((piece.start().0 | piece.count() << PAGE_BITS | zero).to_le_bytes());
+            count += 1;
+        }
+    }
+    count
+}
+
+fn decode_runs(bytes: &[u8]) -> Result<Vec<Run>, FrameError> {
+    let (words, _) = bytes.as_chunks::<RUN>();
+    let mut runs = Vec::with_capacity(words.len());
+    let mut end = PageNo(0);
+    for (index, word) in words.iter().enumerate() {
+        let word = u64::from_le_bytes(*word);
+        let start = PageNo(word & ((1 << PAGE_BITS) - 1));
+        let count = (word & !ZERO) >> PAGE_BITS;
+        let range = PageRange::with_count(start, count).filter(|range| range.start() >= end);
+        let range = range.ok_or(FrameError::Run { index })?;
+        end = range.end();
+        runs.push(Run { range, zero: word & ZERO != 0 });
+    }
+    Ok(runs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Ascending runs, built from gaps and lengths, with at most 60 pages of data.
+    fn any_runs() -> impl Strategy<Value = Vec<Run>> {
+        let step = (0..1000_u64, 1..6_u64, any::<bool>(), any::<bool>());
+        prop::collection::vec(step, 0..12).prop_map(|steps| {
+            let mut next = 5;
+            let mut runs = Vec::new();
+            for (gap, count, zero, huge) in steps {
+                let count = if zero && huge { count * 1_000_000 } else { count };
+                runs.push(Run { range: PageRange::with_count(PageNo(next + gap), count).unwrap(), zero });
+                next += gap + count;
+            }
+            runs
+        })
+    }
+
+    fn encoded(runs: &[Run]) -> (Vec<u8>, Vec<u8>) {
+        let pages: u64 = runs.iter().filter(|run| !run.zero).map(|run| run.range.count()).sum();
+        let data: Vec<u8> = (0..pages as usize * PAGE_BYTES).map(|index| (index / 7) as u8).collect();
+        let mut builder = BatchBuilder::new();
+        builder.bytes.extend(&data);
+        (builder.finish(Codec::Raw, Vpid(7), Generation(1 << 40), 3, runs), data)
+    }
+
+    proptest! {
+        #[test]
+        fn a_batch_comes_back_as_it_was(runs in any_runs()) {
+            let (bytes, data) = encoded(&runs);
+            let batch = Batch::decode(&bytes).unwrap();
+            prop_assert_eq!((batch.vpid, batch.generation, batch.round), (Vpid(7), Generation(1 << 40), 3));
+            prop_assert_eq!(&batch.runs, &runs);
+            prop_assert_eq!(&*batch.data, &data);
+            let joined: Vec<u8> = batch.pieces().flat_map(|(_, bytes)| bytes.to_vec()).collect();
+            prop_assert_eq!(joined, data);
+        }
+
+        #[test]
+        fn a_batch_cut_short_or_grown_is_refused(runs in any_runs(), at in any::<prop::sample::Index>()) {
+            let (mut bytes, _) = encoded(&runs);
+            prop_assert!(Batch::decode(&bytes[..at.index(bytes.len())]).is_err());
+            bytes.push(0);
+            prop_assert!(Batch::decode(&bytes).is_err());
+        }
+
+        #[test]
+        fn a_damaged_batch_never_panics_and_never_breaks_its_promises(
+            runs in any_runs(),
+            damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+        ) {
+            let (mut bytes, data) = encoded(&runs);
+            // Damage to data is the checksum's to find; here it is header and runs that matter.
+            for (index, value) in damage {
+                let outside = index.index(bytes.len() - data.len());
+                let at = if outside < HEADER { outside } else { outside + data.len() };
+                bytes[at] = value;
+            }
+            let Ok(batch) = Batch::decode(&bytes) else { return Ok(()) };
+            prop_assert!(batch.runs.windows(2).all(|pair| pair[0].range.end() <= pair[1].range.start()));
+            for (run, bytes) in batch.pieces() {
+                let expected = if run.zero { 0 } else { run.range.count() as usize * PAGE_BYTES };
+                prop_assert_eq!(bytes.len(), expected);
+            }
+        }
+
+        #[test]
+        fn garbage_is_refused(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            prop_assert!(Batch::decode(&bytes).is_err());
+            prop_assert!(ManifestPart::decode(&bytes).is_err());
+        }
+
+        #[test]
+        fn a_manifest_part_comes_back_as_it_was(runs in any_runs(), last in any::<bool>()) {
+            let ranges = runs.iter().map(|run| run.range).collect();
+            let part = ManifestPart { vpid: Vpid(1), generation: Generation(2), last, ranges };
+            let bytes = part.encode();
+            prop_assert_eq!(ManifestPart::decode(&bytes).unwrap(), part);
+            prop_assert!(ManifestPart::decode(&bytes[..bytes.len() - 1]).is_err());
+            prop_assert_eq!(Batch::decode(&bytes), Err(FrameError::Magic));
+        }
+    }
+
+    #[test]
+    fn a_zero_run_costs_its_header_only_and_long_ones_are_split() {
+        let range = PageRange::with_count(PageNo(1), 3 * MAX_RUN_PAGES).unwrap();
+        let (bytes, _) = encoded(&[Run { range, zero: true }]);
+        assert_eq!(bytes.len(), HEADER + 3 * RUN);
+        assert_eq!(Batch::decode(&bytes).unwrap().runs.len(), 3);
+    }
+
+    #[test]
+    fn more_data_than_allowed_and_overlapping_runs_are_refused() {
+        let run =
+            |start, count| Run { range: PageRange::with_count(PageNo(start), count).unwrap(), zero: false };
+        let (bytes, _) = encoded(&[run(1, MAX_DATA_PAGES as u64), run(1000, 1)]);
+        assert_eq!(Batch::decode(&bytes), Err(FrameError::TooMany));
+        let (bytes, _) = encoded(&[run(10, 2), run(11, 2)]);
+        assert_eq!(Batch::decode(&bytes), Err(FrameError::Run { index: 1 }));
+        let (mut bytes, _) = encoded(&[run(10, 2)]);
+        bytes[4] = 9;
+        assert_eq!(Batch::decode(&bytes), Err(FrameError::Codec(CodecError::Unknown(9))));
+    }
+}

@@ -1,0 +1,45 @@
+//! The memory of a container in motion: which pages there are, which were written, how they are carried and where they
+//! are kept. No unsafe code; the kernel is reached through `haulage-sys`.
+//!
+//! ```text
+//!  source host                                                        target host
+//!  process, maps ─► track (write_protect | none)
+//!                      │ dirty, forgotten
+//!                      ▼
+//!                    ledger ◄─ policy, history
+//!                      │ pages to send
+//!                      ▼
+//!                    gather ─► frame, codec ═════ bytes ═════► frame, codec ─► store ─► sealed
+//!  [source: SourceEngine]                                      [target: TargetEngine]  (the restorer)
+//!                    manifest: exactly the pages that exist at the freeze ═════►
+//! ```
+//!
+//! # What must hold
+//! - A page is left out at the freeze only if its mapping is still registered by us, the kernel says it was not written,
+//!   and it was sent since it was last protected. Everything else that exists is sent.
+//! - After [`target::TargetEngine::finish`] the store holds exactly the pages of the manifest, each with the bytes it
+//!   had at the freeze.
+
+mod chunk;
+pub mod codec;
+mod direct_io;
+pub mod frame;
+mod gather;
+pub mod history;
+mod index;
+pub mod ledger;
+pub mod manifest;
+pub mod maps;
+pub mod none;
+pub mod policy;
+pub mod process;
+pub mod range;
+pub mod sealed;
+pub mod source;
+pub mod store;
+pub mod target;
+pub mod track;
+pub mod write_protect;
+
+pub use gather::{PageBatch, Sink};
+pub use index::IndexError;

@@ -1,0 +1,205 @@
+//! `/proc/<pid>/maps`, and which part of a process's memory is ours to carry.
+//!
+//! The rule of who carries a mapping lives in [`Region::class`] and nowhere else: what is [`Class::Tracked`] is hidden
+//! from CRIU and sent by us, everything else is CRIU's.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+
+use haulage_sys::{ADDRESS_END, Pid};
+
+use crate::range::{PageRange, RangeSet};
+
+/// Who carries a mapping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Class {
+    /// Private anonymous memory: we do.
+    Tracked,
+    /// The stack, files, shared memory, what the kernel maps: CRIU does.
+    Criu,
+}
+
+/// One mapping.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Region {
+    /// First address.
+    pub start: u64,
+    /// One past the last address.
+    pub end: u64,
+    /// May be written.
+    pub writable: bool,
+    /// Writes are seen by others that map the same.
+    pub shared: bool,
+    /// Inode of what is mapped, 0 when it is no file.
+    pub inode: u64,
+    /// Path or label, empty when it has none. Escapes of the kernel's (`\012` for a newline) are undone.
+    pub name: String,
+}
+
+impl Region {
+    /// Who carries it: private mappings of no file that are unnamed, the heap, or named by the program itself
+    /// (`[anon:…]`), below the end of ordinary user memory, are tracked.
+    pub fn class(&self) -> Class {
+        let ours = self.name.is_empty() || self.name == "[heap]" || self.name.starts_with("[anon:");
+        match !self.shared && self.inode == 0 && ours && self.end <= ADDRESS_END {
+            true => Class::Tracked,
+            false => Class::Criu,
+        }
+    }
+
+    /// Its pages, unless it lies beyond the end of ordinary user memory.
+    pub fn pages(&self) -> Option<PageRange> {
+        PageRange::of_addresses(self.start..self.end)
+    }
+}
+
+/// The mappings of one process at one moment.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Maps {
+    regions: Vec<Region>,
+}
+
+/// A process's mappings could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum MapsError {
+    /// The file could not be read; `NotFound` when the process is gone.
+    #[error("read of the mappings of process {pid} failed")]
+    Read {
+        /// The process.
+        pid: Pid,
+        /// What happened.
+        #[source]
+        source: io::Error,
+    },
+    /// A line is not as `proc_pid_maps(5)` says.
+    #[error("mapping {line:?} is not understood")]
+    Line {
+        /// The line.
+        line: String,
+    },
+}
+
+impl Maps {
+    /// The mappings of `pid` now.
+    ///
+    /// # Errors
+    /// See [`MapsError`]. A zombie has no mappings, which is no error.
+    pub fn of(pid: Pid) -> Result<Self, MapsError> {
+        let text = fs::read(format!("/proc/{pid}/maps")).map_err(|source| MapsError::Read { pid, source })?;
+        Self::parse(&String::from_utf8_lossy(&text))
+    }
+
+    /// Reads the text of a maps file.
+    ///
+    /// # Errors
+    /// [`MapsError::Line`].
+    pub fn parse(text: &str) -> Result<Self, MapsError> {
+        let regions = text
+            .lines()
+            .map(|line| parse_line(line).ok_or_else(|| MapsError::Line { line: line.to_owned() }));
+        Ok(Self { regions: regions.collect::<Result<_, _>>()? })
+    }
+
+    /// All mappings, ascending.
+    pub fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    /// Each tracked mapping's pages, ascending. Adjacent mappings are not merged: the kernel registers one at a time.
+    pub fn tracked(&self) -> impl Iterator<Item = PageRange> + '_ {
+        self.regions.iter().filter(|region| region.class() == Class::Tracked).filter_map(Region::pages)
+    }
+
+    /// All pages of tracked mappings.
+    pub fn tracked_pages(&self) -> RangeSet {
+        self.tracked().collect()
+    }
+
+    /// Files that a writer changes by writing to memory, which no file timestamp need show: those mapped shared and
+    /// writable. Paths are as the process sees them; deleted files are left out.
+    pub fn shared_writable_files(&self) -> BTreeSet<PathBuf> {
+        self.regions
+            .iter()
+            .filter(|region| region.shared && region.writable && region.inode != 0)
+            .filter(|region| region.name.starts_with('/') && !region.name.ends_with(" (deleted)"))
+            .map(|region| PathBuf::from(&region.name))
+            .collect()
+    }
+}
+
+/// `start-end perms offset major:minor inode [spaces name]`
+fn parse_line(line: &str) -> Option<Region> {
+    let (addresses, rest) = line.split_once(' ')?;
+    let (start, end) = addresses.split_once('-')?;
+    let (permissions, rest) = rest.split_once(' ')?;
+    let (_offset, rest) = rest.split_once(' ')?;
+    let (_device, rest) = rest.split_once(' ')?;
+    let (inode, name) = rest.split_once(' ').unwrap_or((rest, ""));
+    let &[_read, write, _execute, sharing] = permissions.as_bytes() else { return None };
+    let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
+    let region = Region {
+        start,
+        end,
+        writable: write == b'w',
+        shared: match sharing {
+            b's' => true,
+            b'p' => false,
+            _ => return None,
+        },
+        inode: inode.parse().ok()?,
+        name: name.trim_start_matches(' ').replace("\\012", "\n"),
+    };
+    (start < end).then_some(region)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = "\
+555555554000-555555556000 r--p 00000000 08:01 1234                       /usr/bin/some thing
+555555560000-555555581000 rw-p 00000000 00:00 0                          [heap]
+7ffff0000000-7ffff0021000 rw-p 00000000 00:00 0 
+7ffff0021000-7ffff4000000 ---p 00000000 00:00 0 
+7ffff5000000-7ffff5001000 rw-s 00000000 00:01 77                         /dev/zero (deleted)
+7ffff6000000-7ffff6001000 rw-s 00001000 08:01 99                         /var/lib/db/log
+7ffff6100000-7ffff6101000 r--s 00001000 08:01 98                         /var/lib/db/read
+7ffff7000000-7ffff7001000 rw-p 00000000 00:00 0                          [anon:jemalloc]
+7ffff7100000-7ffff7101000 rw-s 00000000 00:01 5                          [anon_shmem:x]
+7ffff7fbd000-7ffff7fc1000 r--p 00000000 00:00 0                          [vvar]
+7ffff7fc1000-7ffff7fc3000 r-xp 00000000 00:00 0                          [vdso]
+7ffffffde000-7ffffffff000 rw-p 00000000 00:00 0                          [stack]
+ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsyscall]
+";
+
+    #[test]
+    fn private_anonymous_memory_is_ours_and_the_rest_is_not() {
+        let maps = Maps::parse(TEXT).unwrap();
+        let tracked: Vec<_> = maps.tracked().map(|range| range.start().address()).collect();
+        assert_eq!(tracked, [0x5555_5556_0000, 0x7fff_f000_0000, 0x7fff_f002_1000, 0x7fff_f700_0000]);
+        assert_eq!(maps.regions().len(), 13);
+        assert_eq!(maps.regions()[0].name, "/usr/bin/some thing");
+    }
+
+    #[test]
+    fn files_that_change_through_memory_are_listed() {
+        let files: Vec<_> = Maps::parse(TEXT).unwrap().shared_writable_files().into_iter().collect();
+        assert_eq!(files, [PathBuf::from("/var/lib/db/log")]);
+    }
+
+    #[test]
+    fn a_line_that_is_not_understood_is_an_error() {
+        for line in ["", "x", "1000-2000 rw-p", "2000-1000 rw-p 0 00:00 0", "1000-2000 rw-q 0 00:00 0"] {
+            assert!(Maps::parse(&format!("{line}\n")).is_err(), "{line:?}");
+        }
+    }
+
+    #[test]
+    fn our_own_mappings_are_understood() {
+        let maps = Maps::of(rustix::process::getpid()).unwrap();
+        assert!(maps.regions().iter().any(|region| region.name == "[stack]"));
+        assert!(maps.tracked_pages().page_count() > 0);
+    }
+}

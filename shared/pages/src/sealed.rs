@@ -1,0 +1,252 @@
+//! Reading a sealed page store, in another process than the one that filled it.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use haulage_sys::PAGE_BYTES;
+
+use crate::chunk::{CHUNK_PAGES, Chunk, Piece};
+use crate::index::Index;
+use crate::process::{Generation, Vpid};
+use crate::range::{PageRange, RangeSet};
+use crate::store::{DATA_FILE, INDEX_FILE, SLOT_BYTES, StoreError, offset, pages_of};
+
+/// A store that is complete and only read.
+#[derive(Debug)]
+pub struct SealedStore {
+    data: File,
+    path: PathBuf,
+    index: Index,
+}
+
+/// Adjacent stored pages of one kind.
+enum Kind {
+    At(u64),
+    Zero,
+}
+
+impl SealedStore {
+    /// Opens the store in `dir`.
+    ///
+    /// # Errors
+    /// `NotFound` when it is not sealed; [`StoreError::Index`] when the index is damaged or another version's, or the
+    /// data file is shorter than the index says.
+    pub fn open(dir: &Path) -> Result<Self, StoreError> {
+        let path = dir.join(INDEX_FILE);
+        let bytes = fs::read(&path).map_err(|source| StoreError::Io { path, source })?;
+        let index = Index::decode(&bytes)?;
+        let path = dir.join(DATA_FILE);
+        let opened = File::open(&path).and_then(|data| Ok((data.metadata()?.len(), data)));
+        let (length, data) = opened.map_err(|source| StoreError::Io { path: path.clone(), source })?;
+        if length < u64::from(index.slots) * SLOT_BYTES {
+            return Err(crate::index::IndexError::Length.into());
+        }
+        Ok(Self { data, path, index })
+    }
+
+    /// The processes, ascending. One without pages is listed too.
+    pub fn processes(&self) -> impl Iterator<Item = (Vpid, Generation)> + '_ {
+        self.index.processes.iter().map(|(vpid, stored)| (*vpid, stored.generation))
+    }
+
+    /// The pages of one process; none of a process that is not listed.
+    pub fn pages(&self, vpid: Vpid) -> RangeSet {
+        pages_of(self.index.processes.get(&vpid))
+    }
+
+    /// Reads the pages of `range` into `buffer`, whose length is theirs.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`] when not all of them are stored. The buffer's content is not defined then.
+    pub fn read_into(&self, vpid: Vpid, range: PageRange, buffer: &mut [u8]) -> Result<(), StoreError> {
+        if buffer.len() as u64 != range.count() * PAGE_BYTES as u64 {
+            return Err(StoreError::Length { pages: range.count(), found: buffer.len() });
+        }
+        let mut rest = buffer;
+        for piece in Piece::of(range) {
+            self.alike(vpid, piece, &mut |part, kind| {
+                let (here, after) = std::mem::take(&mut rest)
+                    .split_at_mut_checked(part.count() as usize * PAGE_BYTES)
+                    .unwrap_or_default();
+                rest = after;
+                match kind {
+                    Kind::Zero => here.fill(0),
+                    Kind::At(offset) => {
+                        self.data.read_exact_at(here, offset).map_err(|error| self.failed(error))?
+                    }
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Writes the bytes of the pages of `range` to `writer`, in order.
+    ///
+    /// # Errors
+    /// As [`Self::read_into`], and those of `writer`. Part of the bytes may have been written.
+    pub fn copy_to(&self, vpid: Vpid, range: PageRange, writer: &mut dyn Write) -> Result<(), StoreError> {
+        let mut buffer = vec![0; SLOT_BYTES as usize];
+        for piece in Piece::of(range) {
+            let Some(here) = buffer.get_mut(..piece.range.count() as usize * PAGE_BYTES) else { continue };
+            self.read_into(vpid, piece.range, here)?;
+            writer.write_all(here).map_err(|source| StoreError::Io { path: self.path.clone(), source })?;
+        }
+        Ok(())
+    }
+
+    /// Calls `with` for each run of pages of `piece` that lie together in the data file or are zero together.
+    fn alike(
+        &self,
+        vpid: Vpid,
+        piece: Piece,
+        with: &mut dyn FnMut(PageRange, Kind) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        let stored = self.index.processes.get(&vpid);
+        let chunk = stored.and_then(|stored| stored.chunks.get(&piece.chunk)).copied().unwrap_or_default();
+        let absent = piece.bits().and_not(chunk.present);
+        if !absent.is_empty() {
+            let missing = Chunk { slot: None, present: absent, data: Default::default() };
+            let range = missing.runs(piece.chunk).next().map_or(piece.range, |(range, _)| range);
+            return Err(StoreError::Missing { vpid, range });
+        }
+        for (run, in_file) in chunk.runs(piece.chunk) {
+            let Some(part) = run.intersect(piece.range) else { continue };
+            let kind = match (in_file, chunk.slot) {
+                (true, Some(slot)) => Kind::At(offset(slot, part.start().0 % CHUNK_PAGES)),
+                _ => Kind::Zero,
+            };
+            with(part, kind)?;
+        }
+        Ok(())
+    }
+
+    fn failed(&self, source: io::Error) -> StoreError {
+        StoreError::Io { path: self.path.clone(), source }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::range::PageNo;
+    use crate::store::{PageStore, StoreLimits};
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    const ONE: Generation = Generation(1);
+
+    /// Pages around the boundaries of the first three chunks.
+    fn any_range() -> impl Strategy<Value = PageRange> {
+        (500..1040_u64, 1..40_u64)
+            .prop_map(|(start, count)| PageRange::with_count(PageNo(start), count).unwrap())
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Write(u32, PageRange, u8),
+        Zero(u32, PageRange),
+        Retain(u32, Vec<PageRange>),
+        Reset(u32),
+    }
+
+    fn any_step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            4 => (1..3_u32, any_range(), 1..=255_u8).prop_map(|(vpid, range, seed)| Step::Write(vpid, range, seed)),
+            2 => (1..3_u32, any_range()).prop_map(|(vpid, range)| Step::Zero(vpid, range)),
+            1 => (1..3_u32, prop::collection::vec(any_range(), 0..8)).prop_map(|(vpid, keep)| Step::Retain(vpid, keep)),
+            1 => (1..3_u32).prop_map(Step::Reset),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        #[test]
+        fn what_went_in_comes_out_after_sealing(steps in prop::collection::vec(any_step(), 0..24)) {
+            let dir = tempfile::tempdir().unwrap();
+            let mut store = PageStore::create(dir.path(), StoreLimits::default()).unwrap();
+            let mut model: BTreeMap<(u32, u64), u8> = BTreeMap::new();
+            for step in steps {
+                match step {
+                    Step::Write(vpid, range, seed) => {
+                        let mut bytes = Vec::new();
+                        for page in range.start().0..range.end().0 {
+                            let value = seed.wrapping_add(page as u8).max(1);
+                            bytes.extend([value; PAGE_BYTES]);
+                            model.insert((vpid, page), value);
+                        }
+                        store.write(Vpid(vpid), ONE, range, &bytes).unwrap();
+                    }
+                    Step::Zero(vpid, range) => {
+                        store.zero(Vpid(vpid), ONE, range).unwrap();
+                        model.extend((range.start().0..range.end().0).map(|page| ((vpid, page), 0)));
+                    }
+                    Step::Retain(vpid, keep) => {
+                        let keep: RangeSet = keep.into_iter().collect();
+                        let before = model.len();
+                        model.retain(|(owner, page), _| *owner != vpid || keep.contains(PageNo(*page)));
+                        prop_assert_eq!(store.retain(Vpid(vpid), &keep), (before - model.len()) as u64);
+                    }
+                    Step::Reset(vpid) => {
+                        store.reset(Vpid(vpid));
+                        model.retain(|(owner, _), _| *owner != vpid);
+                    }
+                }
+            }
+            let sealed = SealedStore::open(&store.seal().unwrap()).unwrap();
+            for vpid in 1..3 {
+                let expected: Vec<_> = model.iter().filter(|((owner, _), _)| *owner == vpid).collect();
+                let pages = sealed.pages(Vpid(vpid));
+                prop_assert_eq!(pages.pages().map(|page| page.0).collect::<Vec<_>>(),
+                    expected.iter().map(|((_, page), _)| *page).collect::<Vec<_>>());
+                let mut out = Vec::new();
+                for range in pages.iter() {
+                    sealed.copy_to(Vpid(vpid), range, &mut out).unwrap();
+                }
+                let all = out.chunks_exact(PAGE_BYTES).zip(expected);
+                for (bytes, (_, value)) in all {
+                    prop_assert!(bytes.iter().all(|byte| byte == value));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_stored_is_an_error_that_names_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = PageStore::create(dir.path(), StoreLimits::default()).unwrap();
+        let range = |start, count| PageRange::with_count(PageNo(start), count).unwrap();
+        store.zero(Vpid(1), ONE, range(10, 5)).unwrap();
+        let wanted = [range(8, 4)].into_iter().collect();
+        assert_eq!(store.missing(Vpid(1), &wanted).runs(), [range(8, 2)]);
+        let sealed = SealedStore::open(&store.seal().unwrap()).unwrap();
+        let error = sealed.read_into(Vpid(1), range(12, 5), &mut vec![0; 5 * PAGE_BYTES]).unwrap_err();
+        assert!(matches!(error, StoreError::Missing { range: found, .. } if found == range(15, 2)));
+        assert!(matches!(PageStore::create(dir.path(), StoreLimits::default()), Err(StoreError::Io { .. })));
+    }
+
+    #[test]
+    fn a_peer_cannot_fill_our_memory_with_zero_runs() {
+        let dir = tempfile::tempdir().unwrap();
+        let limits = StoreLimits { chunks: 10, processes: 2 };
+        let mut store = PageStore::create(dir.path(), limits).unwrap();
+        let all = PageRange::new(PageNo(0), PageNo::END).unwrap();
+        assert!(matches!(store.zero(Vpid(1), ONE, all), Err(StoreError::Full(_))));
+        store.admit(Vpid(2), ONE).unwrap();
+        assert!(matches!(store.admit(Vpid(3), ONE), Err(StoreError::Full(_))));
+    }
+
+    #[test]
+    fn an_unsealed_and_a_cut_store_cannot_be_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = PageStore::create(dir.path(), StoreLimits::default()).unwrap();
+        let page = PageRange::with_count(PageNo(3), 1).unwrap();
+        store.write(Vpid(1), ONE, page, &[1; PAGE_BYTES]).unwrap();
+        assert!(matches!(SealedStore::open(dir.path()), Err(StoreError::Io { .. })));
+        store.seal().unwrap();
+        File::options().write(true).open(dir.path().join(DATA_FILE)).unwrap().set_len(100).unwrap();
+        assert!(matches!(SealedStore::open(dir.path()), Err(StoreError::Index(_))));
+    }
+}

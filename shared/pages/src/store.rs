@@ -1,0 +1,266 @@
+//! The pages of a container on the target's disk, each in its place as it comes.
+//!
+//! A directory with one sparse data file for all processes. Every 2 MiB of a process's address space that holds data
+//! gets a slot of 2 MiB in the file when it is first written, and a page lies in its slot where it lies in its 2 MiB.
+//! Which pages are stored is known in memory until [`PageStore::seal`] writes it to an index beside the file; then
+//! another process can read the pages ([`crate::sealed::SealedStore`]).
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use haulage_sys::{PAGE_BYTES, PAGE_SIZE};
+
+use crate::chunk::{CHUNK_PAGES, Chunk, Piece};
+use crate::index::{Index, IndexError, Stored};
+use crate::process::{Generation, Vpid};
+use crate::range::{PageRange, RangeSet};
+
+pub(crate) const DATA_FILE: &str = "pages.dat";
+pub(crate) const INDEX_FILE: &str = "pages.idx";
+/// Bytes of one slot.
+pub(crate) const SLOT_BYTES: u64 = CHUNK_PAGES * PAGE_SIZE;
+
+/// How much a peer may make us keep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StoreLimits {
+    /// Pieces of 2 MiB of address space, of all processes together; about 150 bytes of memory each.
+    pub chunks: usize,
+    /// Processes.
+    pub processes: usize,
+}
+
+impl Default for StoreLimits {
+    /// 2 TiB of address space and 65,536 processes.
+    fn default() -> Self {
+        Self { chunks: 1 << 20, processes: 1 << 16 }
+    }
+}
+
+/// A store could not be made, filled or read.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The disk or the directory failed.
+    #[error("access to {} failed", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What happened.
+        #[source]
+        source: io::Error,
+    },
+    /// The peer sends more than it may.
+    #[error("store may not hold more {0}")]
+    Full(&'static str),
+    /// The bytes given are not those of the pages given.
+    #[error("{found} bytes for {pages} pages")]
+    Length {
+        /// How many pages.
+        pages: u64,
+        /// How many bytes.
+        found: usize,
+    },
+    /// The index cannot be used.
+    #[error("index cannot be used")]
+    Index(#[from] IndexError),
+    /// A page that was asked for is not stored.
+    #[error("pages {range} of process {vpid} are not stored")]
+    Missing {
+        /// Whose.
+        vpid: Vpid,
+        /// Which.
+        range: PageRange,
+    },
+}
+
+/// A store that takes pages in.
+#[derive(Debug)]
+pub struct PageStore {
+    dir: PathBuf,
+    data: File,
+    index: Index,
+    /// Slots whose chunk was dropped.
+    free: Vec<u32>,
+    chunks: usize,
+    limits: StoreLimits,
+}
+
+impl PageStore {
+    /// Makes an empty store in `dir`, which is made too.
+    ///
+    /// # Errors
+    /// When `dir` holds a store already (`AlreadyExists`), or cannot be written to.
+    pub fn create(dir: &Path, limits: StoreLimits) -> Result<Self, StoreError> {
+        fs::create_dir_all(dir).map_err(|source| StoreError::Io { path: dir.to_owned(), source })?;
+        let path = dir.join(DATA_FILE);
+        let data = File::options().read(true).write(true).create_new(true).open(&path);
+        let data = data.map_err(|source| StoreError::Io { path, source })?;
+        Ok(Self { dir: dir.to_owned(), data, index: Index::default(), free: Vec::new(), chunks: 0, limits })
+    }
+
+    /// The generation of process `vpid` that is stored.
+    pub fn generation(&self, vpid: Vpid) -> Option<Generation> {
+        self.index.processes.get(&vpid).map(|stored| stored.generation)
+    }
+
+    /// Processes that anything is stored of.
+    pub fn processes(&self) -> Vec<Vpid> {
+        self.index.processes.keys().copied().collect()
+    }
+
+    /// Pages that are stored of process `vpid`.
+    pub fn pages(&self, vpid: Vpid) -> RangeSet {
+        pages_of(self.index.processes.get(&vpid))
+    }
+
+    /// Stores `bytes`, the content of the pages of `range`, replacing what was stored of them.
+    ///
+    /// # Errors
+    /// After an error of the disk, which of the pages are stored with the old bytes and which with the new is unknown;
+    /// after the others nothing has changed.
+    pub fn write(
+        &mut self,
+        vpid: Vpid,
+        generation: Generation,
+        range: PageRange,
+        bytes: &[u8],
+    ) -> Result<(), StoreError> {
+        if bytes.len() as u64 != range.count() * PAGE_SIZE {
+            return Err(StoreError::Length { pages: range.count(), found: bytes.len() });
+        }
+        let mut rest = bytes;
+        for piece in Piece::of(range) {
+            let (here, after) =
+                rest.split_at_checked(piece.range.count() as usize * PAGE_BYTES).unwrap_or_default();
+            rest = after;
+            let slot = self.slot_of(vpid, generation, piece.chunk)?;
+            self.data
+                .write_all_at(here, offset(slot, piece.first()))
+                .map_err(|source| StoreError::Io { path: self.dir.join(DATA_FILE), source })?;
+            let chunk = self.chunk(vpid, generation, piece.chunk)?;
+            chunk.present = chunk.present.or(piece.bits());
+            chunk.data = chunk.data.or(piece.bits());
+        }
+        Ok(())
+    }
+
+    /// Stores zeros for the pages of `range`. Touches no disk.
+    ///
+    /// # Errors
+    /// [`StoreError::Full`]; part of the range may be stored then.
+    pub fn zero(&mut self, vpid: Vpid, generation: Generation, range: PageRange) -> Result<(), StoreError> {
+        for piece in Piece::of(range) {
+            let chunk = self.chunk(vpid, generation, piece.chunk)?;
+            chunk.present = chunk.present.or(piece.bits());
+            chunk.data = chunk.data.and_not(piece.bits());
+        }
+        Ok(())
+    }
+
+    /// Drops the stored pages of process `vpid` that are not in `keep`, and says how many there were.
+    pub fn retain(&mut self, vpid: Vpid, keep: &RangeSet) -> u64 {
+        let Some(stored) = self.index.processes.get_mut(&vpid) else { return 0 };
+        let mut kept = std::collections::BTreeMap::new();
+        for piece in keep.iter().flat_map(Piece::of) {
+            let bits: &mut crate::chunk::Bits = kept.entry(piece.chunk).or_default();
+            *bits = bits.or(piece.bits());
+        }
+        let mut dropped = 0;
+        let (free, before) = (&mut self.free, stored.chunks.len());
+        stored.chunks.retain(|number, chunk| {
+            let here = kept.get(number).copied().unwrap_or_default();
+            dropped += chunk.present.and_not(here).count();
+            chunk.present = chunk.present.and(here);
+            chunk.data = chunk.data.and(here);
+            let stays = !chunk.present.is_empty();
+            free.extend(chunk.slot.filter(|_| !stays));
+            stays
+        });
+        self.chunks -= before - stored.chunks.len();
+        dropped
+    }
+
+    /// Drops everything that is stored of process `vpid`, and says how many pages there were.
+    pub fn reset(&mut self, vpid: Vpid) -> u64 {
+        let dropped = self.retain(vpid, &RangeSet::new());
+        self.index.processes.remove(&vpid);
+        dropped
+    }
+
+    /// Pages of `wanted` that are not stored.
+    pub fn missing(&self, vpid: Vpid, wanted: &RangeSet) -> RangeSet {
+        wanted.subtract(&self.pages(vpid))
+    }
+
+    /// Remembers that process `vpid` exists, though it may have no page.
+    ///
+    /// # Errors
+    /// [`StoreError::Full`].
+    pub fn admit(&mut self, vpid: Vpid, generation: Generation) -> Result<(), StoreError> {
+        if self.generation(vpid).is_some_and(|stored| stored != generation) {
+            self.reset(vpid);
+        }
+        if !self.index.processes.contains_key(&vpid) {
+            if self.index.processes.len() >= self.limits.processes {
+                return Err(StoreError::Full("processes"));
+            }
+            self.index.processes.insert(vpid, Stored { generation, chunks: Default::default() });
+        }
+        Ok(())
+    }
+
+    /// Writes the index, after which any process can open the store. The index appears whole or not at all.
+    ///
+    /// # Errors
+    /// When the disk fails; the store is as good as not sealed then.
+    pub fn seal(self) -> Result<PathBuf, StoreError> {
+        let path = self.dir.join(DATA_FILE);
+        let length = u64::from(self.index.slots) * SLOT_BYTES;
+        self.data.set_len(length).map_err(|source| StoreError::Io { path, source })?;
+        let (path, draft) = (self.dir.join(INDEX_FILE), self.dir.join("pages.idx.new"));
+        fs::write(&draft, self.index.encode())
+            .and_then(|()| fs::rename(&draft, &path))
+            .map_err(|source| StoreError::Io { path, source })?;
+        Ok(self.dir)
+    }
+
+    fn chunk(&mut self, vpid: Vpid, generation: Generation, number: u64) -> Result<&mut Chunk, StoreError> {
+        self.admit(vpid, generation)?;
+        let stored = self.index.processes.entry(vpid);
+        let stored = stored.or_insert_with(|| Stored { generation, chunks: Default::default() });
+        match stored.chunks.entry(number) {
+            std::collections::btree_map::Entry::Occupied(chunk) => Ok(chunk.into_mut()),
+            std::collections::btree_map::Entry::Vacant(_) if self.chunks >= self.limits.chunks => {
+                Err(StoreError::Full("address space"))
+            }
+            std::collections::btree_map::Entry::Vacant(place) => {
+                self.chunks += 1;
+                Ok(place.insert(Chunk::default()))
+            }
+        }
+    }
+
+    fn slot_of(&mut self, vpid: Vpid, generation: Generation, number: u64) -> Result<u32, StoreError> {
+        if let Some(slot) = self.chunk(vpid, generation, number)?.slot {
+            return Ok(slot);
+        }
+        let slot = self.free.pop().unwrap_or(self.index.slots);
+        self.index.slots = self.index.slots.max(slot + 1);
+        self.chunk(vpid, generation, number)?.slot = Some(slot);
+        Ok(slot)
+    }
+}
+
+pub(crate) fn offset(slot: u32, page: u64) -> u64 {
+    u64::from(slot) * SLOT_BYTES + page * PAGE_SIZE
+}
+
+pub(crate) fn pages_of(stored: Option<&Stored>) -> RangeSet {
+    let mut pages = RangeSet::new();
+    let chunks = stored.iter().flat_map(|stored| &stored.chunks);
+    for (range, _) in chunks.flat_map(|(number, chunk)| chunk.runs(*number)) {
+        pages.insert(range);
+    }
+    pages
+}

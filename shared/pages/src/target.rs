@@ -1,0 +1,127 @@
+//! The target's end: batches into the store as they come, and at the end exactly the pages that exist.
+
+use std::path::{Path, PathBuf};
+
+use crate::frame::{Batch, FrameError};
+use crate::manifest::FinalManifest;
+use crate::process::Vpid;
+use crate::range::PageRange;
+use crate::store::{PageStore, StoreError, StoreLimits};
+
+/// A batch or a manifest could not be taken in.
+#[derive(Debug, thiserror::Error)]
+pub enum TargetError {
+    /// The bytes are not a batch.
+    #[error("not a batch of pages")]
+    Frame(#[from] FrameError),
+    /// The batch is of an earlier round than one that came before it, and could replace newer pages by older ones.
+    #[error("batch of round {found} after one of round {latest}")]
+    Late {
+        /// The latest round seen.
+        latest: u32,
+        /// The batch's.
+        found: u32,
+    },
+    /// The pages could not be stored.
+    #[error("pages cannot be stored")]
+    Store(#[from] StoreError),
+    /// Pages exist that were never sent.
+    #[error("{count} pages of process {vpid} have not come, the first at {first}")]
+    Incomplete {
+        /// Whose.
+        vpid: Vpid,
+        /// How many.
+        count: u64,
+        /// The first run of them.
+        first: PageRange,
+    },
+}
+
+/// What one batch held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Applied {
+    /// Pages with data.
+    pub data_pages: u64,
+    /// Pages of zeros.
+    pub zero_pages: u64,
+}
+
+/// What the sealed store holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FinishReport {
+    /// The store's directory.
+    pub dir: PathBuf,
+    /// Processes.
+    pub processes: usize,
+    /// Their pages.
+    pub pages: u64,
+    /// Pages that had come and no longer existed.
+    pub dropped_pages: u64,
+}
+
+/// Takes pages in.
+#[derive(Debug)]
+pub struct TargetEngine {
+    store: PageStore,
+    latest: u32,
+}
+
+impl TargetEngine {
+    /// Starts with an empty store in `dir`.
+    ///
+    /// # Errors
+    /// When `dir` holds a store already, or cannot be written to.
+    pub fn create(dir: &Path, limits: StoreLimits) -> Result<Self, StoreError> {
+        Ok(Self { store: PageStore::create(dir, limits)?, latest: 0 })
+    }
+
+    /// Takes one encoded batch in. Batches of one round may come in any order, rounds only one after the other.
+    ///
+    /// # Errors
+    /// A batch that is refused changes nothing; after a failure of the disk the session is lost.
+    pub fn apply(&mut self, bytes: &[u8]) -> Result<Applied, TargetError> {
+        let batch = Batch::decode(bytes)?;
+        if batch.round < self.latest {
+            return Err(TargetError::Late { latest: self.latest, found: batch.round });
+        }
+        self.latest = batch.round;
+        let mut applied = Applied::default();
+        for (run, bytes) in batch.pieces() {
+            if run.zero {
+                self.store.zero(batch.vpid, batch.generation, run.range)?;
+                applied.zero_pages += run.range.count();
+            } else {
+                self.store.write(batch.vpid, batch.generation, run.range, bytes)?;
+                applied.data_pages += run.range.count();
+            }
+        }
+        Ok(applied)
+    }
+
+    /// Makes the store hold exactly the pages of `manifest` and seals it.
+    ///
+    /// # Errors
+    /// [`TargetError::Incomplete`] when a page is missing. The store is not sealed then.
+    pub fn finish(mut self, manifest: &FinalManifest) -> Result<FinishReport, TargetError> {
+        let gone = self.store.processes().into_iter().filter(|vpid| !manifest.processes.contains_key(vpid));
+        let mut dropped_pages: u64 =
+            gone.collect::<Vec<_>>().into_iter().map(|vpid| self.store.reset(vpid)).sum();
+        for (vpid, process) in &manifest.processes {
+            if self.store.generation(*vpid).is_some_and(|stored| stored != process.generation) {
+                dropped_pages += self.store.reset(*vpid);
+            }
+            self.store.admit(*vpid, process.generation)?;
+            let missing = self.store.missing(*vpid, &process.pages);
+            if let Some(first) = missing.runs().first() {
+                return Err(TargetError::Incomplete {
+                    vpid: *vpid,
+                    count: missing.page_count(),
+                    first: *first,
+                });
+            }
+            dropped_pages += self.store.retain(*vpid, &process.pages);
+        }
+        let (processes, pages) = (manifest.processes.len(), manifest.page_count());
+        Ok(FinishReport { dir: self.store.seal()?, processes, pages, dropped_pages })
+    }
+}

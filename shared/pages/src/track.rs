@@ -1,0 +1,253 @@
+//! Which pages a process has written since we last looked: the seam between the source and the kernel.
+//!
+//! A tracker only claims what the kernel vouches for. Whether a page has been sent is the ledger's business
+//! ([`crate::ledger`]); both together decide, when the container is frozen, what is still to be sent.
+
+use std::error::Error;
+use std::fmt;
+
+use haulage_sys::pagemap::{Categories, Entry, Filter, Pagemap};
+use haulage_sys::{CallError, Errno};
+
+use crate::maps::{Maps, MapsError};
+use crate::process::{Process, Vpid};
+use crate::range::{PageNo, PageRange, RangeSet};
+
+/// How a tracker learns of writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Method {
+    /// Injected userfaultfd in asynchronous write-protection mode.
+    WriteProtect,
+    /// Not at all: everything is sent when the container is frozen.
+    None,
+}
+
+/// Why a process is not tracked. Its memory is sent whole in the final round.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Untracked {
+    /// The kernel lacks what tracking needs.
+    KernelCannot {
+        /// What it said.
+        detail: String,
+    },
+    /// It has the memory of another process, as after `vfork`. Tried again in the next round.
+    SharesMemory {
+        /// The other process.
+        with: Vpid,
+    },
+    /// No descriptor could be had of it: traced by someone else, unstoppable, 32-bit.
+    Injection {
+        /// Why.
+        detail: String,
+    },
+    /// It has no memory: a zombie.
+    NoMemory,
+    /// Something failed that should not.
+    Failed {
+        /// What.
+        detail: String,
+    },
+}
+
+impl fmt::Display for Untracked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::KernelCannot { detail } => write!(f, "the kernel cannot track writes: {detail}"),
+            Self::SharesMemory { with } => write!(f, "it has the memory of process {with}"),
+            Self::Injection { detail } => write!(f, "{detail}"),
+            Self::NoMemory => write!(f, "it has no memory"),
+            Self::Failed { detail } => write!(f, "{detail}"),
+        }
+    }
+}
+
+/// A mapping that could not be registered. Its pages are sent in the final round.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    /// The mapping.
+    pub range: PageRange,
+    /// What the kernel said.
+    pub reason: String,
+}
+
+/// Whether a process's writes are known.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Tracking {
+    /// They are, except in the mappings listed.
+    Tracked {
+        /// Mappings that could not be registered.
+        refused: Vec<Refused>,
+    },
+    /// They are not.
+    Untracked(Untracked),
+}
+
+/// Contents that are no longer known to be those that were read earlier, although no write was seen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Forgotten {
+    /// All of the process: its memory has been replaced, or is tracked anew.
+    All,
+    /// These pages: something else may be mapped there now.
+    Pages(RangeSet),
+}
+
+/// What was found out about one process in a round.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Collected {
+    /// The process.
+    pub process: Process,
+    /// Whether its writes are known.
+    pub tracking: Tracking,
+    /// All pages of its tracked mappings, whether they hold anything or not.
+    pub mapped: RangeSet,
+    /// Pages whose earlier copies count for nothing.
+    pub forgotten: Forgotten,
+    /// Pages written or newly found since the last round.
+    pub dirty: RangeSet,
+    /// Devices may write to its memory unseen, for a while after a page was found written.
+    pub direct_io: bool,
+}
+
+/// What was found out about one process while it was frozen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FinalScan {
+    /// The process.
+    pub process: Process,
+    /// Tracked pages that exist: in memory or swap, not of a file, not the kernel's page of zeros.
+    pub exists: RangeSet,
+    /// Those of them for which the kernel vouches that they have not been written since the last round.
+    pub unwritten: RangeSet,
+}
+
+/// A tracker failed as a whole. What concerns one process is reported with that process instead.
+#[derive(Debug, thiserror::Error)]
+pub enum TrackError {
+    /// The mappings of a frozen process could not be read.
+    #[error("mappings of process {vpid} cannot be known")]
+    Maps {
+        /// The process.
+        vpid: Vpid,
+        /// What happened.
+        #[source]
+        source: MapsError,
+    },
+    /// The pages of a frozen process could not be listed.
+    #[error("pages of process {vpid} cannot be listed")]
+    Scan {
+        /// The process.
+        vpid: Vpid,
+        /// What happened.
+        #[source]
+        source: CallError,
+    },
+}
+
+/// Finds out which pages were written.
+///
+/// Every implementation passes the one suite in `tests/conformance.rs`, against real processes.
+pub trait DirtyTracker: Send + fmt::Debug {
+    /// How it does.
+    fn method(&self) -> Method;
+
+    /// Starts following `processes` and says of each whether that worked.
+    fn begin(&mut self, processes: &[Process]) -> Vec<(Process, Tracking)>;
+
+    /// What `processes`, which may differ from those of the last time, have written since the last call. In the first
+    /// call after [`Self::begin`], and for new processes, every page that exists is dirty.
+    ///
+    /// Never misses a write: one that happens during the call is in this answer or in the next. A process that ended
+    /// is left out of the answer.
+    fn collect(&mut self, processes: &[Process]) -> Vec<Collected>;
+
+    /// The truth about `processes`, which must be frozen. Changes nothing: the processes may be thawed and tracking
+    /// goes on.
+    ///
+    /// # Errors
+    /// When anything about any process cannot be known, since what is not known would be lost.
+    fn final_scan(&mut self, processes: &[Process]) -> Result<Vec<FinalScan>, TrackError>;
+}
+
+/// What makes a page of a private anonymous mapping exist: present or swapped, and not the page of zeros.
+///
+/// Not asked: whether it is of a file. In such a mapping none is, and the kernel would have to look at every page's
+/// own record to answer, which takes most of the time of a scan.
+pub(crate) const EXISTS: Filter = Filter {
+    all: Categories::NONE,
+    none: Categories::ZERO_PAGE,
+    any: Categories::PRESENT.and(Categories::SWAPPED),
+};
+
+/// Pagemap entries read at a time where the kernel has no `PAGEMAP_SCAN`.
+const ENTRIES_AT_A_TIME: u64 = 64 * 1024;
+
+/// Scans a frozen process: pages that exist, and those among them that the kernel vouches for as unwritten in any
+/// registration.
+pub(crate) fn scan_frozen(process: Process) -> Result<FinalScan, TrackError> {
+    let vpid = process.vpid;
+    let maps = Maps::of(process.pid).map_err(|source| TrackError::Maps { vpid, source })?;
+    let mapped = maps.tracked_pages();
+    let scanned = Pagemap::open(process.pid).and_then(|mut pagemap| existing(&mut pagemap, &mapped));
+    let (exists, unwritten) = match scanned {
+        // A zombie has neither mappings nor a pagemap.
+        Err(error) if error.is_gone() && mapped.is_empty() => Default::default(),
+        other => other.map_err(|source| TrackError::Scan { vpid, source })?,
+    };
+    Ok(FinalScan { process, exists, unwritten })
+}
+
+fn existing(pagemap: &mut Pagemap, mapped: &RangeSet) -> Result<(RangeSet, RangeSet), CallError> {
+    let (mut exists, mut unwritten) = (RangeSet::new(), RangeSet::new());
+    let report = Categories::WP_ALLOWED | Categories::WRITTEN;
+    for run in mapped.iter() {
+        let scanned = pagemap.scan(run.addresses(), EXISTS, report, &mut |region| {
+            let Some(range) = PageRange::of_addresses(region.start..region.end) else { return };
+            exists.insert(range);
+            if region.categories == Categories::WP_ALLOWED {
+                unwritten.insert(range);
+            }
+        });
+        match scanned {
+            Ok(()) => {}
+            Err(CallError { errno: Errno::NOTTY | Errno::INVAL, .. }) => {
+                return Ok((existing_by_entries(pagemap, mapped)?, RangeSet::new()));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok((exists, unwritten))
+}
+
+/// As [`existing`], for kernels before 6.7. It cannot tell the page of zeros, which is then sent as zeros.
+fn existing_by_entries(pagemap: &Pagemap, mapped: &RangeSet) -> Result<RangeSet, CallError> {
+    let mut exists = RangeSet::new();
+    let mut entries = Vec::new();
+    for run in mapped.iter() {
+        let mut rest = Some(run);
+        while let Some(range) = rest {
+            let (part, after) = range.split_at(ENTRIES_AT_A_TIME);
+            entries.clear();
+            entries.resize(part.count() as usize, Entry::default());
+            pagemap.read_entries(part.start().0, &mut entries)?;
+            let pages = entries.iter().zip(part.start().0..);
+            let here =
+                pages.filter(|(entry, _)| (entry.is_present() || entry.is_swapped()) && !entry.is_file());
+            for range in here.filter_map(|(_, page)| PageRange::with_count(PageNo(page), 1)) {
+                exists.insert(range);
+            }
+            rest = after;
+        }
+    }
+    Ok(exists)
+}
+
+/// An error and what caused it, in one line, for reasons that are data.
+pub(crate) fn in_one_line(error: &dyn Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        line.push_str(": ");
+        line.push_str(&error.to_string());
+        cause = error.source();
+    }
+    line
+}

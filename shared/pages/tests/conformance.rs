@@ -1,0 +1,323 @@
+//! One suite for every tracker, against real processes: whatever they do to their memory, and whenever, the sealed
+//! store of the target holds exactly what the frozen processes hold, byte for byte.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
+
+mod target;
+
+use std::fs::File;
+use std::ops::ControlFlow;
+use std::os::unix::fs::FileExt;
+
+use haulage_pages::PageBatch;
+use haulage_pages::maps::Maps;
+use haulage_pages::none::NoTracking;
+use haulage_pages::policy::TransferPolicy;
+use haulage_pages::process::{self, Process};
+use haulage_pages::range::{PageNo, PageRange};
+use haulage_pages::sealed::SealedStore;
+use haulage_pages::source::{RoundReport, SourceEngine, SourceError, SourceOptions};
+use haulage_pages::store::StoreLimits;
+use haulage_pages::target::TargetEngine;
+use haulage_pages::track::{DirtyTracker, Method, Tracking, Untracked};
+use haulage_pages::write_protect::WriteProtect;
+use haulage_sys::PAGE_BYTES;
+use haulage_sys::pagemap::{Entry, Pagemap};
+use target::Target;
+
+/// A migration of a target's memory into a directory.
+struct Move {
+    target: Target,
+    source: SourceEngine,
+    store: TargetEngine,
+    dir: tempfile::TempDir,
+}
+
+impl Move {
+    fn begin(target: Target, tracker: Box<dyn DirtyTracker>, policy: TransferPolicy) -> Self {
+        let options = SourceOptions { policy, ..SourceOptions::default() };
+        let (source, _) = SourceEngine::begin_with(&target.cgroup_procs(), tracker, None, options).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let store = TargetEngine::create(&dir.path().join("store"), StoreLimits::default()).unwrap();
+        Self { target, source, store, dir }
+    }
+
+    fn round(&mut self) -> RoundReport {
+        let store = &mut self.store;
+        self.source.round(&mut |batch| into(store, &batch)).unwrap()
+    }
+
+    fn tell(&mut self, commands: &str) {
+        self.target.tell(commands);
+    }
+
+    /// Freezes, finishes and compares every byte. Returns what the final round did.
+    fn finish(mut self) -> RoundReport {
+        self.target.freeze();
+        let store = &mut self.store;
+        let (manifest, report) = self.source.final_round(&mut |batch| into(store, &batch)).unwrap();
+        let finished = self.store.finish(&manifest).unwrap();
+        assert_eq!(finished.pages, manifest.page_count());
+        let sealed = SealedStore::open(&self.dir.path().join("store")).unwrap();
+        let processes = process::list(&self.target.cgroup_procs()).unwrap();
+        let listed: Vec<_> = processes.iter().map(|process| (process.vpid, process.generation)).collect();
+        assert_eq!(sealed.processes().collect::<Vec<_>>(), listed);
+        for process in processes {
+            compare(process, &sealed);
+        }
+        report
+    }
+}
+
+fn into(store: &mut TargetEngine, batch: &PageBatch) -> ControlFlow<()> {
+    let applied = store.apply(&batch.bytes).unwrap();
+    assert_eq!((applied.data_pages, applied.zero_pages), (batch.data_pages, batch.zero_pages));
+    ControlFlow::Continue(())
+}
+
+/// Holds the store against the frozen process, read page by page through other interfaces than those under test.
+fn compare(process: Process, sealed: &SealedStore) {
+    let memory = File::open(format!("/proc/{}/mem", process.pid)).unwrap();
+    let pagemap = Pagemap::open(process.pid).unwrap();
+    let stored = sealed.pages(process.vpid);
+    let mapped = Maps::of(process.pid).unwrap().tracked_pages();
+    assert!(
+        stored.subtract(&mapped).is_empty(),
+        "stored pages that are not mapped: {:?}",
+        stored.subtract(&mapped)
+    );
+    let (mut there, mut here) = ([0; PAGE_BYTES], [0; PAGE_BYTES]);
+    for run in mapped.iter() {
+        let mut entries = vec![Entry::default(); run.count() as usize];
+        pagemap.read_entries(run.start().0, &mut entries).unwrap();
+        for (entry, page) in entries.iter().zip(run.start().0..) {
+            let page = PageNo(page);
+            if !entry.is_present() && !entry.is_swapped() {
+                assert!(!stored.contains(page), "{page:?} is stored and does not exist");
+                continue;
+            }
+            memory.read_exact_at(&mut there, page.address()).unwrap();
+            if stored.contains(page) {
+                let one = PageRange::with_count(page, 1).unwrap();
+                sealed.read_into(process.vpid, one, &mut here).unwrap();
+                assert!(there == here, "{page:?} of {} differs", process.vpid);
+            } else {
+                assert!(there.iter().all(|byte| *byte == 0), "{page:?} of {} is not stored", process.vpid);
+            }
+        }
+    }
+}
+
+fn trackers() -> Vec<Box<dyn DirtyTracker>> {
+    vec![Box::new(WriteProtect::new().unwrap()), Box::new(NoTracking::new("chosen by the test".into()))]
+}
+
+/// Runs a scenario with every tracker and with every policy.
+fn on_all(before: &str, scenario: impl Fn(&mut Move)) {
+    for policy in [TransferPolicy::All, TransferPolicy::History { window: 4, threshold: 2 }] {
+        for tracker in trackers() {
+            let mut target = Target::start();
+            target.tell(before);
+            let mut moving = Move::begin(target, tracker, policy);
+            scenario(&mut moving);
+            moving.finish();
+        }
+    }
+}
+
+#[test]
+fn a_process_that_writes_between_rounds() {
+    on_all("map 0 2000; write 0 0 1500", |moving| {
+        moving.round();
+        for round in 0..5 {
+            moving.tell(&format!("write 0 {} 300; zero 0 {} 20", round * 200, round * 7));
+            moving.round();
+        }
+        moving.tell("write 0 1900 10");
+    });
+}
+
+#[test]
+fn a_process_that_never_stops_writing() {
+    on_all("map 0 4000; write 0 0 4000; race 0", |moving| {
+        for _ in 0..8 {
+            moving.round();
+        }
+    });
+}
+
+#[test]
+fn mappings_that_come_go_move_and_are_replaced() {
+    on_all("map 0 600; map 1 600; map 2 600; write 0 0 600; write 1 0 600; write 2 0 600", |moving| {
+        moving.round();
+        moving.tell("map 3 700; write 3 10 500; unmap 0 100 200; replace 1; write 1 5 30");
+        moving.round();
+        // What was clean at one address is now at another, and the address holds something else.
+        moving.tell("onto 2 3; resize 1 1200; write 1 700 100");
+        moving.round();
+        moving.tell("resize 1 300; replace 3; write 3 0 9; map 5 50; write 5 0 50");
+    });
+}
+
+#[test]
+fn a_mapping_replaced_just_before_the_freeze() {
+    on_all("map 0 500; write 0 0 500; map 1 500; write 1 0 500", |moving| {
+        moving.round();
+        moving.round();
+        moving.tell("replace 0; onto 1 0");
+    });
+}
+
+#[test]
+fn discarded_zero_and_protected_pages() {
+    on_all("map 0 3000; write 0 0 3000; map 1 100; read 1 0 100", |moving| {
+        moving.round();
+        moving.tell("dontneed 0 100 500; read 0 100 50; write 0 200 30; zero 0 700 100; protect 0 1000 64");
+        moving.round();
+        moving.tell("dontneed 0 800 100; read 0 800 100; write 1 7 3; protect 0 1500 10; dontneed 0 2000 10");
+    });
+}
+
+#[test]
+fn heap_threads_huge_pages_and_mappings_that_are_not_ours() {
+    on_all(
+        "brk 300; thp 0 1536; write 0 0 1536; thread; file 1 2; write 1 0 2; shared 2 64; write 2 0 64",
+        |moving| {
+            moving.round();
+            moving.tell("brk 200; write 0 700 3; dontneed 0 512 512; thread; write 2 3 4; write 1 0 1");
+            moving.round();
+            moving.tell("write 0 600 1; brk 10; thread");
+        },
+    );
+}
+
+#[test]
+fn children_have_memory_of_their_own() {
+    on_all("map 0 800; write 0 0 800", |moving| {
+        moving.round();
+        moving.tell("fork; write 0 100 50");
+        moving.round();
+        moving.tell("fork; write 0 300 50");
+        moving.target.signal_children();
+        moving.round();
+        moving.target.signal_children();
+        moving.tell("fork");
+    });
+}
+
+#[test]
+fn exec_replaces_everything() {
+    on_all("map 0 800; write 0 0 800", |moving| {
+        moving.round();
+        moving.tell("exec; map 1 500; write 1 0 500");
+        moving.round();
+        moving.tell("write 1 20 20; exec; map 0 900; write 0 3 3");
+    });
+}
+
+#[test]
+fn a_process_that_shares_memory_is_reported_and_whole() {
+    let mut target = Target::start();
+    target.tell("map 0 300; write 0 0 300; clonevm");
+    let mut moving = Move::begin(target, Box::new(WriteProtect::new().unwrap()), TransferPolicy::All);
+    let report = moving.round();
+    let shares = |report: &haulage_pages::source::ProcessReport| {
+        matches!(report.tracking, Tracking::Untracked(Untracked::SharesMemory { .. }))
+    };
+    assert_eq!(
+        (report.processes.len(), report.processes.iter().filter(|process| shares(process)).count()),
+        (2, 1)
+    );
+    moving.tell("write 0 30 30");
+    moving.round();
+    moving.finish();
+}
+
+#[test]
+fn a_round_finds_exactly_what_was_written() {
+    let mut target = Target::start();
+    target.tell("map 0 3000; write 0 0 2000; read 0 2500 100");
+    let (mut source, report) = SourceEngine::begin(&target.cgroup_procs(), SourceOptions::default()).unwrap();
+    assert_eq!(report.method, Method::WriteProtect);
+    assert!(
+        report.processes.iter().all(|process| process.untracked().is_none() && process.refused().is_empty())
+    );
+    let mut round = |target: &mut Target, commands: &str| {
+        target.tell(commands);
+        let report = source.round(&mut |_| ControlFlow::Continue(())).unwrap();
+        assert_eq!(report.dirty_pages, report.data_pages + report.zero_pages);
+        report.dirty_pages
+    };
+    let first = round(&mut target, "");
+    assert!((2000..2300).contains(&first), "{first}");
+    // The target's own input and output dirty a few pages of its heap and of the C library's.
+    let own = 8;
+    let idle = round(&mut target, "");
+    assert!(idle <= own, "{idle}");
+    let written = round(&mut target, "write 0 100 37; write 0 1500 1; zero 0 1998 10");
+    assert!((48..=48 + own).contains(&written), "{written}");
+    let idle = round(&mut target, "read 0 0 2000");
+    assert!(idle <= own, "{idle}");
+}
+
+#[test]
+fn only_a_frozen_container_has_a_final_round_and_a_thawed_one_goes_on() {
+    let mut target = Target::start();
+    target.tell("map 0 500; write 0 0 500");
+    let mut moving = Move::begin(target, Box::new(WriteProtect::new().unwrap()), TransferPolicy::All);
+    moving.round();
+    let ignore = &mut |_| ControlFlow::Continue(());
+    assert!(matches!(moving.source.final_round(ignore), Err(SourceError::NotFrozen)));
+    moving.target.freeze();
+    let (manifest, report) = moving.source.final_round(ignore).unwrap();
+    assert!(manifest.page_count() >= 500 && report.data_pages < 50, "{report:?}");
+    moving.target.freezer().thaw().unwrap();
+    moving.tell("write 0 10 10");
+    let store = &mut moving.store;
+    moving.source.round(&mut |batch| into(store, &batch)).unwrap();
+    let last = moving.finish();
+    assert!(last.data_pages < 50, "{last:?}");
+}
+
+#[test]
+fn a_process_that_does_not_stop_is_reported_and_tried_again() {
+    let mut target = Target::start();
+    target.tell("map 0 300; write 0 0 300");
+    // A frozen process of version 1 cannot be stopped for injection; one of version 2 can.
+    target.freeze();
+    let began = SourceEngine::begin(&target.cgroup_procs(), SourceOptions::default());
+    target.freezer().thaw().unwrap();
+    let (mut source, report) = began.unwrap();
+    if target.cgroup_procs().with_file_name("freezer.state").exists() {
+        assert!(matches!(report.processes[0].untracked(), Some(Untracked::Injection { .. })), "{report:?}");
+    }
+    target.tell("write 0 30 30");
+    let report = source.round(&mut |_| ControlFlow::Continue(())).unwrap();
+    assert!(report.processes[0].untracked().is_none() && report.dirty_pages >= 300, "{report:?}");
+    target.tell("write 0 30 30");
+}
+
+#[test]
+fn dropping_the_engine_leaves_nothing_in_the_target() {
+    let mut target = Target::start();
+    target.tell("map 0 300; write 0 0 300");
+    let descriptors =
+        |target: &Target| std::fs::read_dir(format!("/proc/{}/fd", target.pid())).unwrap().count();
+    let before = descriptors(&target);
+    let (mut source, _) = SourceEngine::begin(&target.cgroup_procs(), SourceOptions::default()).unwrap();
+    source.round(&mut |_| ControlFlow::Continue(())).unwrap();
+    let registered = |target: &Target| {
+        let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", target.pid())).unwrap();
+        smaps.lines().any(|line| line.starts_with("VmFlags:") && line.contains(" uw"))
+    };
+    assert!(registered(&target));
+    drop(source);
+    assert!(!registered(&target));
+    assert_eq!(descriptors(&target), before);
+    target.tell("write 0 0 300");
+}

@@ -1,0 +1,38 @@
+//! Every `unsafe` of the workspace: system calls that the standard library and `rustix` do not offer, each behind a
+//! safe function.
+//!
+//! | module | what it does |
+//! | --- | --- |
+//! | [`inject`] | makes a userfaultfd in another process and takes it over |
+//! | [`uffd`] | registers memory for asynchronous write tracking |
+//! | [`pagemap`] | `PAGEMAP_SCAN`, and the plain entries of a pagemap |
+//! | [`vm_read`] | reads another process's memory |
+//! | [`pidfd`] | process descriptors; whether two processes share memory |
+//! | [`freezer`] | freezes and thaws a cgroup, version 1 or 2 |
+//! | [`netns`] | runs code in another process's network namespace |
+//! | [`mount_ns`] | starts a program in a mount namespace of its own |
+//! | [`arp`] | announces an address on a network segment |
+//! | [`process`] | facts about a process |
+//!
+//! x86-64 Linux only: injection knows the machine's registers and instructions.
+
+mod abi;
+pub mod arp;
+mod error;
+pub mod freezer;
+pub mod inject;
+pub mod mount_ns;
+pub mod netns;
+pub mod pagemap;
+pub mod pidfd;
+pub mod process;
+mod ptrace;
+mod thread_choice;
+pub mod uffd;
+pub mod vm_read;
+
+pub use abi::{ADDRESS_END, PAGE_BYTES, PAGE_SIZE};
+pub use error::CallError;
+pub use rustix::io::Errno;
+/// A process id in our own pid namespace.
+pub use rustix::process::Pid;

@@ -1,0 +1,126 @@
+//! Starting a program in a mount namespace of its own, with files bound over others that only it sees.
+//!
+//! The namespace is made in the child between `fork` and `exec`: the mounts die with the child and everything that
+//! it starts, whatever becomes of us, so there is nothing to clean up.
+
+use std::ffi::{CStr, CString};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+
+/// Spawns `cmd` in a private copy of our mount namespace in which every `(source, target)` of `binds` is bind-mounted,
+/// in order, and `over_own_pagemap`, if given, covers the program's own `/proc/self/pagemap`.
+///
+/// Mounts made elsewhere later are not seen by the child, nor its mounts by anyone else. The child's own pagemap is
+/// named by its process id, which `exec` keeps, also through a loader or a wrapper script that ends in `exec`.
+///
+/// # Errors
+/// What `unshare`, `mount` or `exec` said (the child has exited then and holds nothing), or `InvalidInput` for a path
+/// with a NUL in it. Needs `CAP_SYS_ADMIN`.
+pub fn spawn_in_private_mounts(
+    mut cmd: Command,
+    binds: &[(PathBuf, PathBuf)],
+    over_own_pagemap: Option<&Path>,
+) -> io::Result<Child> {
+    let mut mounts = Vec::with_capacity(binds.len() + 1);
+    for (source, target) in binds {
+        mounts.push((c_path(source)?, c_path(target)?));
+    }
+    if let Some(source) = over_own_pagemap {
+        mounts.push((c_path(source)?, c"/proc/self/pagemap".to_owned()));
+    }
+    // SAFETY: the closure runs in the forked child, where only async-signal-safe calls are allowed: it makes plain
+    // system calls on strings that were built before the fork, and allocates nothing.
+    unsafe {
+        cmd.pre_exec(move || {
+            check(libc::unshare(libc::CLONE_NEWNS))?;
+            mount(None, c"/", libc::MS_REC | libc::MS_PRIVATE)?;
+            for (source, target) in &mounts {
+                mount(Some(source), target, libc::MS_BIND)?;
+            }
+            Ok(())
+        });
+    }
+    cmd.spawn()
+}
+
+/// Lets the program that `cmd` will start inherit `fd`, under the number that it has here, which is returned.
+///
+/// Only that child gets it: everywhere else the descriptor stays close-on-exec. It is closed here when `cmd` is
+/// dropped, so that the other end of a pipe or socket pair sees the end when the child is gone.
+pub fn pass_fd(cmd: &mut Command, fd: OwnedFd) -> i32 {
+    let number = fd.as_raw_fd();
+    // SAFETY: the closure runs in the forked child and makes one async-signal-safe system call, on a descriptor that
+    // the closure itself owns and that therefore is open in the child.
+    unsafe {
+        cmd.pre_exec(move || check(libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, 0)));
+    }
+    number
+}
+
+fn mount(source: Option<&CStr>, target: &CStr, flags: libc::c_ulong) -> io::Result<()> {
+    let source = source.map_or(std::ptr::null(), CStr::as_ptr);
+    // SAFETY: both strings are NUL-terminated and live across the call; type and data may be null for these flags.
+    check(unsafe { libc::mount(source, target.as_ptr(), std::ptr::null(), flags, std::ptr::null()) })
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes())
+        .map_err(|source| io::Error::new(io::ErrorKind::InvalidInput, source))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::process::Stdio;
+
+    fn output_of(mut child: Child) -> String {
+        let mut text = String::new();
+        child.stdout.take().unwrap().read_to_string(&mut text).unwrap();
+        assert!(child.wait().unwrap().success());
+        text
+    }
+
+    #[test]
+    fn only_the_child_sees_its_binds() {
+        let dir = tempfile::tempdir().unwrap();
+        let (over, under, own) = (dir.path().join("over"), dir.path().join("under"), dir.path().join("own"));
+        std::fs::write(&over, "over").unwrap();
+        std::fs::write(&under, "under").unwrap();
+        std::fs::write(&own, "own").unwrap();
+        let mut cmd = Command::new("cat");
+        cmd.arg(&under).arg("/proc/self/pagemap").stdout(Stdio::piped());
+        let child = spawn_in_private_mounts(cmd, &[(over, under.clone())], Some(&own)).unwrap();
+        assert_eq!(output_of(child), "overown");
+        assert_eq!(std::fs::read_to_string(under).unwrap(), "under");
+    }
+
+    #[test]
+    fn a_missing_source_is_an_error_and_leaves_no_child() {
+        let cmd = Command::new("true");
+        let binds = [(PathBuf::from("/nonexistent/source"), PathBuf::from("/tmp"))];
+        let error = spawn_in_private_mounts(cmd, &binds, None).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn a_passed_descriptor_reaches_the_child_and_closes_with_the_command() {
+        let (mut ours, theirs) = io::pipe().unwrap();
+        let mut cmd = Command::new("sh");
+        let number = pass_fd(&mut cmd, theirs.into());
+        cmd.arg("-c").arg(format!("echo hello >&{number}"));
+        assert!(cmd.status().unwrap().success());
+        drop(cmd);
+        let mut text = String::new();
+        ours.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "hello\n");
+    }
+}

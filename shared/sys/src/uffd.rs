@@ -1,0 +1,121 @@
+//! Userfaultfd in its asynchronous write-protection mode: the kernel itself lets a write to a protected page through
+//! and remembers it, and [`crate::pagemap`] reads and renews what is remembered. No fault is ever delivered to us.
+//!
+//! Descriptors act on the memory of the process that created them, whoever holds them. Closing the last one removes
+//! every registration and protection from that process.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use rustix::io::Errno;
+
+use crate::abi;
+use crate::error::CallError;
+
+/// Flags for the `userfaultfd` system call: not inherited over `exec`, never blocking, and faults of user mode only,
+/// which is what a process without privileges may ask for.
+pub(crate) const CREATE_FLAGS: u64 =
+    libc::O_CLOEXEC as u64 | libc::O_NONBLOCK as u64 | abi::UFFD_USER_MODE_ONLY;
+
+/// A userfaultfd whose features are negotiated and which can register memory for write tracking.
+#[derive(Debug)]
+pub struct WriteTracker(OwnedFd);
+
+impl WriteTracker {
+    /// Negotiates asynchronous write-protection on a fresh descriptor.
+    ///
+    /// # Errors
+    /// `EINVAL` where the kernel (before 6.7) lacks a feature, or on a descriptor that has been negotiated already.
+    pub fn negotiate(fd: OwnedFd) -> Result<Self, CallError> {
+        let features = abi::UFFD_FEATURE_WP_ASYNC
+            | abi::UFFD_FEATURE_WP_UNPOPULATED
+            | abi::UFFD_FEATURE_PAGEFAULT_FLAG_WP;
+        let mut arg = abi::UffdioApi { api: abi::UFFD_API, features, ioctls: 0 };
+        // SAFETY: UFFDIO_API reads and writes one `struct uffdio_api`, which `arg` is.
+        let done = unsafe { libc::ioctl(fd.as_raw_fd(), abi::UFFDIO_API, &raw mut arg) };
+        if done == -1 { Err(CallError::last("ioctl UFFDIO_API")) } else { Ok(Self(fd)) }
+    }
+
+    /// A tracker of our own process, to find out whether this kernel can track at all.
+    ///
+    /// # Errors
+    /// `ENOSYS` where the kernel has no userfaultfd; see [`Self::negotiate`].
+    pub fn of_self() -> Result<Self, CallError> {
+        // SAFETY: the call takes flags only and returns a new descriptor or -1.
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, CREATE_FLAGS) };
+        match i32::try_from(fd) {
+            // SAFETY: the descriptor is fresh from the kernel and nobody else owns it.
+            Ok(fd) if fd >= 0 => Self::negotiate(unsafe { OwnedFd::from_raw_fd(fd) }),
+            _ => Err(CallError::last("userfaultfd")),
+        }
+    }
+
+    /// Registers `len` bytes from `start` (both multiples of the page size) for write tracking.
+    ///
+    /// Registering again what this descriptor holds is allowed and changes nothing. Pages count as written until a
+    /// scan protects them.
+    ///
+    /// # Errors
+    /// `EBUSY` when another userfaultfd holds part of the range, `EINVAL` when part of it is unmapped or of a kind
+    /// that cannot be tracked, `ENOMEM` when the memory is gone (the process exited or replaced it). On an error
+    /// nothing of the range has changed.
+    pub fn register(&self, start: u64, len: u64) -> Result<(), CallError> {
+        let range = abi::UffdioRange { start, len };
+        let mut arg = abi::UffdioRegister { range, mode: abi::UFFDIO_REGISTER_MODE_WP, ioctls: 0 };
+        // SAFETY: UFFDIO_REGISTER reads and writes one `struct uffdio_register`, which `arg` is.
+        let done = unsafe { libc::ioctl(self.0.as_raw_fd(), abi::UFFDIO_REGISTER, &raw mut arg) };
+        if done == -1 { Err(CallError::last("ioctl UFFDIO_REGISTER")) } else { Ok(()) }
+    }
+
+    /// Takes the registration of a range back, and its protection with it.
+    ///
+    /// # Errors
+    /// As [`Self::register`].
+    pub fn unregister(&self, start: u64, len: u64) -> Result<(), CallError> {
+        let mut arg = abi::UffdioRange { start, len };
+        // SAFETY: UFFDIO_UNREGISTER reads one `struct uffdio_range`, which `arg` is.
+        let done = unsafe { libc::ioctl(self.0.as_raw_fd(), abi::UFFDIO_UNREGISTER, &raw mut arg) };
+        if done == -1 { Err(CallError::last("ioctl UFFDIO_UNREGISTER")) } else { Ok(()) }
+    }
+
+    /// Whether the memory that this descriptor acts on is still in use by some process. It is not after that process
+    /// exited or called `exec`.
+    ///
+    /// # Errors
+    /// What the kernel says otherwise.
+    pub fn is_alive(&self) -> Result<bool, CallError> {
+        // The topmost page of user memory is unmapped, or the stack's, and never registered: a living process
+        // answers ENOENT and nothing is changed.
+        let range = abi::UffdioRange { start: abi::ADDRESS_END - abi::PAGE_SIZE, len: abi::PAGE_SIZE };
+        let mut arg = abi::UffdioWriteProtect { range, mode: 0 };
+        // SAFETY: UFFDIO_WRITEPROTECT reads one `struct uffdio_writeprotect`, which `arg` is.
+        let done = unsafe { libc::ioctl(self.0.as_raw_fd(), abi::UFFDIO_WRITEPROTECT, &raw mut arg) };
+        match if done == -1 { CallError::last("ioctl UFFDIO_WRITEPROTECT") } else { return Ok(true) } {
+            CallError { errno: Errno::NOENT, .. } => Ok(true),
+            CallError { errno: Errno::SRCH, .. } => Ok(false),
+            other => Err(other),
+        }
+    }
+}
+
+impl AsFd for WriteTracker {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_kernel_tracks_and_our_memory_is_alive() {
+        assert!(WriteTracker::of_self().unwrap().is_alive().unwrap());
+    }
+
+    #[test]
+    fn unmapped_memory_is_refused_with_einval() {
+        let tracker = WriteTracker::of_self().unwrap();
+        let error = tracker.register(abi::PAGE_SIZE, abi::PAGE_SIZE).unwrap_err();
+        assert_eq!(error.errno, Errno::INVAL);
+    }
+}

@@ -1,0 +1,65 @@
+# Removes everything of one fleet: processes, mounts, network, cgroups, directories.
+#   janitor.sh NAME DIRECTORY
+# It first waits for its standard input to end, which also happens when the fleet's process is killed. A line "keep"
+# on it means that the fleet shall stay.
+set -eu
+name=$1
+dir=$2
+# Everything below kills and removes by this name: an empty or a general one would match the whole machine.
+case $name in
+haul-[0-9a-f][0-9a-f][0-9a-f][0-9a-f]) ;;
+*) echo "\"$name\" is not the name of a fleet: nothing is removed" && exit 2 ;;
+esac
+case $dir in
+/*/"$name") ;;
+*) echo "\"$dir\" is not the directory of $name: nothing is removed" && exit 2 ;;
+esac
+set +e
+while read -r word; do
+    [ "$word" != keep ] || exit 0
+done
+
+# The fleet's own processes carry its name in their environment, the containers' are in cgroups below its name. Zombies
+# are dead already; when they are reaped depends on the machine's init.
+pids() {
+    {
+        grep -lsz "^HAULAGE_FLEET=$name\$" /proc/[0-9]*/environ
+        grep -ls "[:/]$name\(/\|\$\)" /proc/[0-9]*/cgroup
+    } | sed 's,[^/]*$,status,' | xargs -r grep -Ls '^State:.Z' | sed 's,/proc/\([0-9]*\)/.*,\1,' | grep -vx "$$"
+}
+cgroups() { find /sys/fs/cgroup -depth -type d \( -path "*/$name" -o -path "*/$name/*" \) 2>/dev/null; }
+
+round=0
+while [ "$round" -lt 200 ]; do
+    found=$(pids)
+    [ -n "$found" ] || break
+    kill -KILL $found 2>/dev/null
+    # A frozen process cannot die (cgroup v1), so whatever was left frozen is thawed.
+    cgroups | while read -r group; do
+        [ ! -e "$group/freezer.state" ] || echo THAWED >"$group/freezer.state"
+        [ ! -e "$group/cgroup.freeze" ] || echo 0 >"$group/cgroup.freeze"
+    done 2>/dev/null
+    sleep 0.02
+    round=$((round + 1))
+done
+[ -z "$(pids)" ] || echo "processes are left: $(pids | tr '\n' ' ')"
+
+for netns in /run/netns/"$name"-*; do
+    [ ! -e "$netns" ] || ip netns delete "${netns##*/}" || echo "network namespace $netns is left"
+done
+[ ! -e "/sys/class/net/$name" ] || ip link delete "$name" || echo "bridge $name is left"
+
+awk -v dir="$dir" '$5 == dir || index($5, dir "/") == 1 { print $5 }' /proc/self/mountinfo | sort -r |
+    while read -r mount; do umount "$mount" || echo "mount $mount is left"; done
+
+# A cgroup can stay busy for some milliseconds after its last process is gone.
+round=0
+while [ "$round" -lt 100 ]; do
+    [ -n "$(cgroups)" ] || break
+    cgroups | while read -r group; do rmdir "$group" 2>/dev/null; done
+    round=$((round + 1))
+    sleep 0.02
+done
+[ -z "$(cgroups)" ] || echo "cgroups are left: $(cgroups | tr '\n' ' ')"
+
+rm -rf --one-file-system "$dir" || echo "directory $dir is left"

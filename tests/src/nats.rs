@@ -1,0 +1,154 @@
+//! The fleet's NATS server, and a view of what is said on it.
+
+use crate::process::Daemon;
+use crate::wait;
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+const PORT: u16 = 4222;
+
+/// How long the server may take to answer after its start.
+const START: Duration = Duration::from_secs(10);
+
+/// The server configuration that a fleet in production has too.
+const CONFIGURATION: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../nats/server.conf");
+
+/// A NATS server with JetStream.
+#[derive(Debug)]
+pub struct NatsServer {
+    daemon: Daemon,
+    address: SocketAddr,
+}
+
+impl NatsServer {
+    /// Starts a server in the root namespace that keeps its data in `directory`, and waits until it answers.
+    ///
+    /// # Errors
+    /// It could not be started or does not answer.
+    pub(crate) fn start(fleet: &str, address: Ipv4Addr, directory: &Path) -> Result<Self> {
+        std::fs::create_dir_all(directory)?;
+        let mut command = Command::new("nats-server");
+        command.args([
+            "--config",
+            CONFIGURATION,
+            "--addr",
+            &address.to_string(),
+            "--port",
+            &PORT.to_string(),
+        ]);
+        command.arg("--store_dir").arg(directory.join("store"));
+        let daemon = Daemon::start("nats-server", fleet, command, &directory.join("nats-server.log"))?;
+        let mut server = Self { daemon, address: SocketAddr::from((address, PORT)) };
+        wait::until("an answer of the NATS server", START, || {
+            server.daemon.check_running()?;
+            Ok(Connection::open(server.address).ok())
+        })?;
+        Ok(server)
+    }
+
+    /// The URL for services and the command line.
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("nats://{}", self.address)
+    }
+
+    /// The server's address.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Subscribes to a subject; messages published from now on are seen.
+    ///
+    /// # Errors
+    /// The server does not answer.
+    pub fn subscribe(&self, subject: &str) -> Result<Subscription> {
+        Subscription::new(self.address, subject)
+    }
+}
+
+/// Messages on a subject, which are JSON.
+pub struct Subscription(Connection);
+
+impl Subscription {
+    /// Subscribes at a server that may belong to another process.
+    ///
+    /// # Errors
+    /// The server does not answer.
+    pub fn new(server: SocketAddr, subject: &str) -> Result<Self> {
+        let mut connection = Connection::open(server)?;
+        write!(connection.writer, "SUB {subject} 1\r\nPING\r\n")?;
+        while connection.line()? != "PONG" {}
+        Ok(Self(connection))
+    }
+
+    /// The next message.
+    ///
+    /// # Errors
+    /// None comes within `limit`, it is not JSON, or the connection is lost.
+    pub fn next(&mut self, limit: Duration) -> Result<Value> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+            self.0.writer.set_read_timeout(Some(left))?;
+            let line = self.0.line().context("wait for a message")?;
+            if let Some(message) = self.0.message(&line)? {
+                return Ok(message);
+            }
+        }
+    }
+}
+
+/// The few words of the NATS protocol that a view of the events needs.
+struct Connection {
+    reader: BufReader<TcpStream>,
+    writer: TcpStream,
+}
+
+impl Connection {
+    fn open(address: SocketAddr) -> Result<Self> {
+        let writer = TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
+        writer.set_read_timeout(Some(Duration::from_secs(2)))?;
+        let mut connection = Self { reader: BufReader::new(writer.try_clone()?), writer };
+        let greeting = connection.line()?;
+        if !greeting.starts_with("INFO ") || !greeting.contains("\"jetstream\":true") {
+            bail!("no NATS server with JetStream: {greeting}");
+        }
+        connection.writer.write_all(b"CONNECT {\"verbose\":false,\"pedantic\":false}\r\nPING\r\n")?;
+        while connection.line()? != "PONG" {}
+        Ok(connection)
+    }
+
+    fn line(&mut self) -> Result<String> {
+        let mut line = String::new();
+        if self.reader.read_line(&mut line)? == 0 {
+            bail!("the NATS server closed the connection");
+        }
+        Ok(line.trim_end().to_owned())
+    }
+
+    /// The payload that follows the line of a message; of another line, nothing. The server's PING is answered.
+    fn message(&mut self, line: &str) -> Result<Option<Value>> {
+        if line == "PING" {
+            self.writer.write_all(b"PONG\r\n")?;
+        }
+        // MSG subject sid [reply] size, or HMSG subject sid [reply] header-size total-size.
+        let fields: Vec<&str> = line.split(' ').collect();
+        let number = |text: Option<&&str>| -> Result<usize> {
+            text.context("a message without its size")?.parse().context("a message's size")
+        };
+        let (skip, size) = match fields.as_slice() {
+            ["MSG", .., size] => (0, number(Some(size))?),
+            ["HMSG", .., header, size] => (number(Some(header))?, number(Some(size))?),
+            _ => return Ok(None),
+        };
+        let mut payload = vec![0; size + 2];
+        self.reader.read_exact(&mut payload)?;
+        Ok(Some(serde_json::from_slice(payload.get(skip..size).unwrap_or_default())?))
+    }
+}

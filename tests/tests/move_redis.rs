@@ -1,0 +1,118 @@
+//! A Redis moves there and back while clients use it, and stays an ordinary container.
+
+use anyhow::{Context, Result, ensure};
+use haulage_tests::fleet::Fleet;
+use haulage_tests::image;
+use haulage_tests::resp::{Answer, Client};
+use haulage_tests::scenario::{Redis, nothing_left_on, only_on, system};
+use serde_json::Value;
+
+#[test]
+fn a_redis_moves_there_and_back_under_load() -> Result<()> {
+    system(&Fleet::builder(), |fleet| {
+        let redis = Redis::start(fleet, 0, "web", 0, &[])?;
+        Client::connect(redis.server())?.fill(64)?;
+        for (from, to) in [(0, 1), (1, 0), (0, 1)] {
+            fleet.migrate("web", from, to)?.committed()?;
+            redis.carries_on().with_context(|| format!("after the move from {from} to {to}"))?;
+            only_on(fleet, "web", to)?;
+            for host in fleet.hosts() {
+                nothing_left_on(host)?;
+            }
+        }
+        let size = Client::connect(redis.server())?.call(&[b"EXISTS", b"fill:0", b"fill:65535"])?;
+        ensure!(size == Answer::Number(2), "the data is not whole: {size:?}");
+        println!("longest gap {:?}", redis.finish()?);
+        Ok(())
+    })
+}
+
+/// What must be the same after a move, as places in the answer of `docker inspect`.
+const KEPT: [&str; 12] = [
+    "/Name",
+    "/Image",
+    "/Config/Env",
+    "/Config/Cmd",
+    "/Config/Labels",
+    "/Config/User",
+    "/Config/Hostname",
+    "/HostConfig/RestartPolicy",
+    "/HostConfig/Memory",
+    "/HostConfig/LogConfig",
+    "/NetworkSettings/Networks/lan/IPAddress",
+    "/NetworkSettings/Networks/lan/MacAddress",
+];
+
+#[test]
+fn a_moved_container_is_an_ordinary_container() -> Result<()> {
+    system(&Fleet::builder(), |fleet| {
+        let arguments =
+            ["--label", "tier=cache", "--env", "COLOUR=blue", "--hostname", "cache-1", "--memory", "300m"];
+        let arguments: Vec<&str> = arguments.into_iter().chain(["--restart", "unless-stopped"]).collect();
+        let redis = Redis::start(fleet, 0, "web", 0, &arguments)?;
+        let before = fleet.host(0).inspect("web")?;
+        let logged = fleet.host(0).docker(&["logs", "web"])?;
+        ensure!(logged.contains("Ready to accept connections"), "no log before the move: {logged}");
+
+        fleet.migrate("web", 0, 1)?.committed()?;
+        redis.carries_on()?;
+        let target = fleet.host(1);
+        let after = target.inspect("web")?;
+        for place in KEPT {
+            let (was, is) = (before.pointer(place), after.pointer(place));
+            ensure!(was.is_some_and(|v| *v != Value::Null), "{place} is not in the answer");
+            ensure!(was == is, "{place} was {was:?} and is {is:?}");
+        }
+        ensure!(target.docker(&["logs", "web"])?.starts_with(&logged), "the log has not come along");
+        ensure!(target.docker(&["exec", "web", "sh", "-c", "echo $COLOUR; hostname"])? == "blue\ncache-1");
+        redis.finish()?;
+
+        let pid = target.init_pid("web")?;
+        target.docker(&["restart", "--time", "5", "web"])?;
+        ensure!(target.init_pid("web")? != pid, "restart did not start a new process");
+        let fresh = Client::connect(std::net::SocketAddr::from((fleet.container_address(0), 6379)))?
+            .call(&[b"GET", b"count"])?;
+        ensure!(fresh == Answer::Value(None), "a restart brought the moved state back: {fresh:?}");
+        target.docker(&["stop", "--time", "5", "web"])?;
+        ensure!(!target.is_running("web")?);
+        target.docker(&["rm", "web"])?;
+        ensure!(!target.has_container("web")?);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_non_root_container_with_dockers_seccomp_profile_moves() -> Result<()> {
+    system(&Fleet::builder(), |fleet| {
+        let redis = Redis::start(fleet, 0, "web", 0, &["--user", "999:999", "--cap-drop", "ALL"])?;
+        let status = |host: usize| -> Result<String> {
+            Ok(std::fs::read_to_string(format!("/proc/{}/status", fleet.host(host).init_pid("web")?))?)
+        };
+        let confined = |text: &str| {
+            ["Uid:\t999\t", "Seccomp:\t2", "CapEff:\t0000000000000000"].iter().all(|line| text.contains(line))
+        };
+        ensure!(confined(&status(0)?), "the container is not confined to begin with");
+        fleet.migrate("web", 0, 1)?.committed()?;
+        redis.carries_on()?;
+        ensure!(confined(&status(1)?), "the container is no longer confined:\n{}", status(1)?);
+        redis.finish().map(drop)
+    })
+}
+
+#[test]
+fn an_image_that_the_target_lacks_comes_along() -> Result<()> {
+    system(&Fleet::builder().without_images(1), |fleet| {
+        let target = fleet.host(1);
+        ensure!(
+            target.docker(&["image", "ls", "--quiet"])?.is_empty(),
+            "the target has images to begin with"
+        );
+        let redis = Redis::start(fleet, 0, "web", 0, &[])?;
+        fleet.migrate("web", 0, 1)?.committed()?;
+        redis.carries_on()?;
+        let id =
+            |host: usize| fleet.host(host).docker(&["image", "inspect", "--format", "{{.Id}}", image::REDIS]);
+        ensure!(id(0)? == id(1)?, "the image has another id on the target");
+        redis.finish().map(drop)
+    })
+}

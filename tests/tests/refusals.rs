@@ -1,0 +1,51 @@
+//! What cannot be done is refused with a code and a remedy, and the container goes on untouched where it was.
+
+use anyhow::{Result, ensure};
+use haulage_tests::cli::Moved;
+use haulage_tests::fleet::Fleet;
+use haulage_tests::image;
+use haulage_tests::scenario::{Redis, nothing_left_on, only_on, run, system};
+
+/// Fails unless the migration was refused with one of these codes, a remedy and an exit code of failure.
+fn refused(moved: &Moved, code: &str) -> Result<()> {
+    ensure!(moved.answer.code != 0, "exit code 0 for a refusal: {:?}", moved.answer);
+    ensure!(moved.code == code, "the code is {:?}, not {code:?}: {}", moved.code, moved.result);
+    ensure!(!moved.remedy.is_empty(), "no remedy: {}", moved.result);
+    Ok(())
+}
+
+#[test]
+fn a_container_with_a_terminal_is_refused_and_untouched() -> Result<()> {
+    system(&Fleet::builder(), |fleet| {
+        run(
+            fleet,
+            0,
+            "terminal",
+            0,
+            &["--tty", image::BUSYBOX, "sh", "-c", "while :; do date; sleep 1; done"],
+        )?;
+        let pid = fleet.host(0).init_pid("terminal")?;
+        refused(&fleet.migrate("terminal", 0, 1)?, "tty")?;
+        ensure!(fleet.host(0).init_pid("terminal")? == pid, "the container was restarted");
+        only_on(fleet, "terminal", 0)?;
+        fleet.hosts().iter().try_for_each(nothing_left_on)
+    })
+}
+
+#[test]
+fn mistakes_of_the_operator_are_told_by_code() -> Result<()> {
+    system(&Fleet::builder(), |fleet| {
+        let redis = Redis::start(fleet, 0, "web", 0, &[])?;
+        refused(&fleet.migrate("nobody", 0, 1)?, "unknown_container")?;
+        refused(&fleet.migrate("web", 0, 0)?, "same_host")?;
+        refused(&fleet.migrate_named("web", "host-a", "host-z")?, "unknown_host")?;
+
+        run(fleet, 1, "web", 1, &[image::BUSYBOX, "sleep", "1000"])?;
+        refused(&fleet.migrate("web", 0, 1)?, "name_taken")?;
+        ensure!(fleet.host(1).is_running("web")?, "the container that had the name is gone");
+
+        redis.carries_on()?;
+        redis.finish()?;
+        fleet.hosts().iter().try_for_each(nothing_left_on)
+    })
+}

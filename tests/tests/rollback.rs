@@ -1,0 +1,62 @@
+//! A restore that fails on the target: the source goes on with its connections, and the target is clean.
+
+use anyhow::{Context, Result, ensure};
+use haulage_tests::fleet::Fleet;
+use haulage_tests::process::finish;
+use haulage_tests::scenario::{Redis, nothing_left_on, only_on, system};
+use serde_json::Value;
+use std::path::Path;
+use std::time::Duration;
+
+/// Puts another CRIU in the place of the host's own, in its mount namespace only. It dies in every restore, which it
+/// knows by who started it; for all else it is the real one.
+const BREAK: &str = r#"
+set -e
+real=$(readlink -f "$(command -v criu)")
+cp "$real" "$1/criu.real"
+cat > "$1/criu.broken" <<END
+#!/bin/sh
+case "\$(tr '\0' ' ' < /proc/\$PPID/cmdline)" in
+*runc*restore*) exit 1 ;;
+esac
+exec "$1/criu.real" "\$@"
+END
+chmod 755 "$1/criu.broken"
+mount --bind "$1/criu.broken" "$real"
+"#;
+
+#[test]
+fn a_failing_restore_leaves_the_source_as_it_was() -> Result<()> {
+    system(&Fleet::builder(), |fleet| {
+        let redis = Redis::start(fleet, 0, "web", 0, &["--restart", "unless-stopped"])?;
+        let (source, target) = (fleet.host(0), fleet.host(1));
+        let pid = source.init_pid("web")?;
+        let policy = |inspected: Value| inspected.pointer("/HostConfig/RestartPolicy").cloned();
+        let before = policy(source.inspect("web")?);
+        ensure!(before.is_some(), "no restart policy to compare");
+        finish(target.command(Path::new("sh")).args(["-c", BREAK, "break"]).arg(target.directory()))?;
+        let mut events = fleet.nats()?.subscribe("haul.v1.event.>")?;
+
+        let moved = fleet.migrate("web", 0, 1)?;
+        ensure!(
+            moved.outcome == "rolled_back" && moved.answer.code != 0,
+            "not rolled back: {}",
+            moved.result
+        );
+        ensure!(!moved.code.is_empty() && !moved.remedy.is_empty(), "no code or remedy: {}", moved.result);
+        let mut phases = Vec::new();
+        while let Ok(event) = events.next(Duration::from_millis(500)) {
+            phases.extend(event.pointer("/what/phase").and_then(Value::as_str).map(str::to_owned));
+        }
+        ensure!(phases.iter().any(|phase| phase == "restore"), "it did not come to the restore: {phases:?}");
+
+        redis.carries_on().context("after the failed restore")?;
+        only_on(fleet, "web", 0)?;
+        ensure!(source.init_pid("web")? == pid, "the source was restarted");
+        ensure!(policy(source.inspect("web")?) == before, "the restart policy has changed");
+        for host in fleet.hosts() {
+            nothing_left_on(host)?;
+        }
+        redis.finish().map(drop)
+    })
+}
