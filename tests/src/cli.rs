@@ -1,6 +1,7 @@
 //! The command line `haul`, run as an operator would.
 
 use crate::fleet::Fleet;
+use crate::process::FLEET_VARIABLE;
 use crate::services::program;
 use crate::wait;
 use anyhow::{Context, Result, bail};
@@ -59,6 +60,7 @@ impl Fleet {
     pub fn haul_command(&self) -> Result<Command> {
         let mut command = Command::new(program(self.binaries(), "haul")?);
         command.args(["--nats", &self.nats()?.url()]).stdin(Stdio::null());
+        command.env(FLEET_VARIABLE, self.name());
         Ok(command)
     }
 

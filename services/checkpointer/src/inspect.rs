@@ -6,6 +6,7 @@ use std::sync::Arc;
 use haulage_engine::{
     BundleFacts, Captured, Engine, HostFacts, MountSpec, VolumeSpec, capture, refusals, running_facts,
 };
+use haulage_pages::process::Process;
 use haulage_protocol::checkpointer::{Inspect, Inspected, Locate, Located, SourceRoot};
 use haulage_protocol::fault::{Fault, FaultCode, code};
 use haulage_protocol::id::ContainerId;
@@ -15,6 +16,7 @@ use crate::Checkpointer;
 use crate::failure::{self, joined};
 
 const NOT_INSPECTABLE: FaultCode = FaultCode::known("not_inspectable");
+const LACKS_CAPABILITY: FaultCode = FaultCode::known("lacks_capability");
 
 pub(crate) async fn locate(service: Arc<Checkpointer>, ask: Locate) -> Result<Located, Fault> {
     match service.docker.inspect(&ask.container).await {
@@ -44,6 +46,7 @@ fn describe(captured: &Captured, engine: &haulage_engine::facts::EngineInfo) -> 
     let bundle = bundle(&spec.id, captured.state.pid)?;
     let processes =
         haulage_pages::process::list(&bundle.cgroup.procs_file).map_err(failure::fault(NOT_INSPECTABLE))?;
+    limits_are_readable(&processes)?;
     let memory = processes.iter().map(|process| resident(process.pid.as_raw_nonzero().get())).sum();
     let host = HostFacts::gather(engine).map_err(failure::fault(NOT_INSPECTABLE))?;
     let encode =
@@ -67,6 +70,47 @@ pub(crate) fn bundle(container: &str, init: i32) -> Result<BundleFacts, Fault> {
         Fault::from_error(NOT_INSPECTABLE, &error)
             .remedy("haulage moves containers that Docker runs through containerd and runc or haul-runtime")
     })
+}
+
+/// CRIU reads every process's resource limits, which the kernel allows for a process of another user only with
+/// `CAP_SYS_RESOURCE` (prlimit(2)). A host has it; a restricted virtual machine or container may not.
+fn limits_are_readable(processes: &[Process]) -> Result<(), Fault> {
+    const SYS_RESOURCE: u32 = 24;
+    let ours =
+        Status::of("self").ok_or_else(|| Fault::new(NOT_INSPECTABLE, "/proc/self/status is not readable"))?;
+    if ours.capabilities & (1 << SYS_RESOURCE) != 0 {
+        return Ok(());
+    }
+    for process in processes {
+        let pid = process.pid.as_raw_nonzero();
+        let other = Status::of(&pid.to_string()).filter(|theirs| theirs.ids != ours.ids);
+        if other.is_some() {
+            let message =
+                format!("process {pid} is of another user, and this checkpointer lacks CAP_SYS_RESOURCE");
+            return Err(Fault::new(LACKS_CAPABILITY, message)
+                .remedy("run haul-checkpointer with all capabilities of root, or the container as root"));
+        }
+    }
+    Ok(())
+}
+
+/// What `/proc/<pid>/status` says about the right to do something.
+struct Status {
+    /// The lines of user and group ids.
+    ids: Vec<String>,
+    /// The effective set.
+    capabilities: u64,
+}
+
+impl Status {
+    /// `None` when the process is gone.
+    fn of(pid: &str) -> Option<Self> {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        let ids = text.lines().filter(|line| line.starts_with("Uid:") || line.starts_with("Gid:"));
+        let effective = text.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+        let capabilities = u64::from_str_radix(effective.trim(), 16).ok()?;
+        Some(Self { ids: ids.map(ToOwned::to_owned).collect(), capabilities })
+    }
 }
 
 /// Resident memory of a process, shared pages counted in each; zero when it is gone.

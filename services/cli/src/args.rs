@@ -101,7 +101,7 @@ pub(crate) struct Json {
 pub(crate) struct Show {
     /// The migration's id, or a unique beginning of it.
     pub(crate) id: String,
-    /// Print the whole record as JSON.
+    /// Print the record as JSON.
     #[arg(long)]
     pub(crate) json: bool,
 }

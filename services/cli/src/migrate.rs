@@ -1,6 +1,6 @@
 //! `haul migrate`.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use haulage_migration::{Migration, Outcome};
@@ -47,12 +47,16 @@ pub(crate) async fn run(nats: &Nats, wanted: args::Migrate) -> Result<(), Failur
     }
 }
 
+/// How long NATS may be away before following is given up.
+const NATS_AWAY: Duration = Duration::from_secs(15);
+
 /// Shows progress until the migration is over.
 async fn follow(nats: &Nats, id: &MigrationId, mut progress: Progress) -> Result<Migration, Failure> {
     let table: Table<Migration> = Table::open(nats, subject::MIGRATIONS).await?;
     let mut states = table.watch(&subject::migration_key(id)).await?;
     let mut tick = tokio::time::interval(Duration::from_millis(100));
     let mut current: Option<Migration> = None;
+    let mut seen = Instant::now();
     loop {
         tokio::select! {
             state = states.next() => {
@@ -68,7 +72,15 @@ async fn follow(nats: &Nats, id: &MigrationId, mut progress: Progress) -> Result
                 }
                 current = Some(record);
             }
-            _ = tick.tick() => progress.tick(current.as_ref())?,
+            _ = tick.tick() => {
+                progress.tick(current.as_ref())?;
+                if nats.is_connected() {
+                    seen = Instant::now();
+                } else if seen.elapsed() > NATS_AWAY {
+                    let fault = Fault::new(code::UNREACHABLE, "NATS can no longer be reached");
+                    return Err(fault.remedy(format!("the migration goes on: see `haul show {id}`")).into());
+                }
+            }
         }
     }
 }

@@ -68,11 +68,18 @@ pub(crate) fn json(value: &impl Serialize) -> Result<(), Failure> {
     line(&serde_json::to_string(value)?)
 }
 
-/// A record for people and programs: whole, but without the token that lets one write to the target.
+/// A record for people and programs: without the token that lets one write to the target, and without the opaque
+/// descriptions that only the hosts' services read.
 pub(crate) fn public(record: &Migration) -> Result<serde_json::Value, Failure> {
     let mut value = serde_json::to_value(record)?;
     if let Some(object) = value.as_object_mut() {
         object.remove("token");
+        if let Some(inspected) = object.get_mut("facts").and_then(|facts| facts.get_mut("inspected"))
+            && let Some(inspected) = inspected.as_object_mut()
+        {
+            inspected.remove("spec");
+            inspected.remove("host");
+        }
         object.insert("id".to_owned(), serde_json::to_value(&record.job.id)?);
         object.insert("freeze".to_owned(), serde_json::to_value(timing::freeze_split(record))?);
     }

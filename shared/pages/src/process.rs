@@ -119,6 +119,33 @@ fn lists_below(file: &Path) -> Result<Vec<PathBuf>, ListError> {
     Ok(below)
 }
 
+/// Whether every thread of these processes is under the trace of somebody. Threads that end meanwhile do not count.
+///
+/// # Errors
+/// When `/proc` cannot be read or understood.
+pub fn all_traced(processes: &[Process]) -> Result<bool, ListError> {
+    for process in processes {
+        let tasks = PathBuf::from(format!("/proc/{}/task", process.pid));
+        let threads = match fs::read_dir(&tasks) {
+            Ok(threads) => threads,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(source) => return Err(ListError::Read { path: tasks, source }),
+        };
+        for thread in threads {
+            let thread = thread.map_err(|source| ListError::Read { path: tasks.clone(), source })?;
+            let path = thread.path().join("status");
+            let Ok(status) = fs::read_to_string(&path) else { continue };
+            let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:"));
+            match tracer.map(str::trim) {
+                None => return Err(ListError::Format { path }),
+                Some("0") => return Ok(false),
+                Some(_) => {}
+            }
+        }
+    }
+    Ok(true)
+}
+
 /// What is known of `pid`; `None` when it has ended.
 ///
 /// # Errors

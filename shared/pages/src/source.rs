@@ -256,11 +256,12 @@ impl SourceEngine {
     pub fn final_round(&mut self, sink: Sink<'_>) -> Result<(FinalManifest, RoundReport), SourceError> {
         self.round += 1;
         let mut report = RoundReport { round: self.round, ..RoundReport::default() };
-        if self.freezer.state()? != FreezerState::Frozen {
-            return Err(SourceError::NotFrozen);
-        }
         let started = Instant::now();
         let processes = process::list(&self.cgroup_procs)?;
+        // CRIU, which may dump meanwhile, thaws the cgroup once it holds every task by itself.
+        if self.freezer.state()? != FreezerState::Frozen && !process::all_traced(&processes)? {
+            return Err(SourceError::NotFrozen);
+        }
         let scans = self.tracker.final_scan(&processes)?;
         let none = Ledger::default();
         let mut manifest = FinalManifest::default();

@@ -119,6 +119,12 @@ impl Nats {
         Ok(())
     }
 
+    /// Whether the connection stands now; one that is lost is repaired in the background.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.client.connection_state() == async_nats::connection::State::Connected
+    }
+
     /// Waits until everything that was published has left this process.
     ///
     /// # Errors
