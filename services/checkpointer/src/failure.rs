@@ -1,13 +1,9 @@
 //! How this service's errors look to the coordinator.
 
-use std::error::Error;
-
 use haulage_engine::{EngineError, EngineErrorKind, GatherError, Refusal};
 use haulage_protocol::fault::{Fault, FaultCode, code};
-use tokio::task::JoinError;
+pub(crate) use haulage_service::failure::{ENGINE, fault, joined};
 
-/// The engine could not do what was asked.
-pub(crate) const ENGINE: FaultCode = FaultCode::known("engine_failed");
 /// Docker has processes in the container that are not of its tree, such as a `docker exec`.
 pub(crate) const EXEC_SESSION: FaultCode = FaultCode::known("exec_session");
 /// The cgroup could not be frozen.
@@ -43,15 +39,4 @@ pub(crate) fn refused(refusals: &[Refusal]) -> Result<(), Fault> {
         Fault::new(FaultCode::new(first.code.as_str()), first.message.clone()).remedy(first.remedy.clone());
     fault.causes = others.iter().map(|other| format!("also refused: {other}")).collect();
     Err(fault)
-}
-
-/// The result of work on another thread, whose panic is a defect of this service.
-pub(crate) fn joined<T>(result: Result<Result<T, Fault>, JoinError>) -> Result<T, Fault> {
-    result.unwrap_or_else(|error| {
-        Err(Fault::new(code::INTERNAL, "a worker of this service died").because(&error))
-    })
-}
-
-pub(crate) fn fault<E: Error>(code: FaultCode) -> impl Fn(E) -> Fault {
-    move |error| Fault::from_error(code.clone(), &error)
 }

@@ -19,7 +19,7 @@ use haulage_sys::freezer::Freezer;
 use crate::Checkpointer;
 use crate::failure::{DUMP, fault, joined};
 use crate::freeze::FREEZE_WITHIN;
-use crate::notes::Notes;
+use crate::notes::{DUMP as DUMP_DIR, Notes};
 use crate::quiet;
 
 /// A container that this process has frozen.
@@ -67,7 +67,7 @@ fn dump_frozen(
     };
     let began = Instant::now();
     let dir = service.config.migration_dir(migration);
-    let (images, work) = (dir.join("dump/images"), dir.join("dump/work"));
+    let (images, work) = (dir.join(DUMP_DIR).join("images"), dir.join(DUMP_DIR).join("work"));
     for dir in [&images, &work] {
         std::fs::create_dir_all(dir).map_err(fault(DUMP))?;
     }

@@ -154,7 +154,8 @@ fn write_freeze(out: &mut String, record: &Migration) -> std::fmt::Result {
         ("last round", split.last_round),
         ("files", split.files),
         ("ship dump", split.ship),
-        ("restore", split.restore),
+        ("join", split.merge),
+        ("start", split.start),
     ] {
         writeln!(out, "  {part:<10} {took}")?;
     }

@@ -75,7 +75,8 @@ pub(crate) async fn perform(
             ask.target(Create { spec: ask.inspected()?.spec.clone() }).await.map(Success::Created)
         }
         Effect::OpenPages => {
-            ask.target(OpenPages { token: record.token.clone() }).await.map(Success::PagesOpened)
+            let open = OpenPages { token: record.token.clone(), memory: ask.inspected()?.memory };
+            ask.target(open).await.map(Success::PagesOpened)
         }
         Effect::OpenFiles => {
             let open = OpenFiles { token: record.token.clone(), roots: ask.created()?.roots.clone() };

@@ -1,18 +1,13 @@
 //! How this service's errors look to the coordinator.
 
-use std::error::Error;
-
 use haulage_protocol::fault::{Fault, FaultCode, code};
+pub(crate) use haulage_service::failure::fault;
 use haulage_transport::stream::StreamError;
 
 /// Writes cannot be tracked, or memory cannot be read.
 pub(crate) const TRACKING: FaultCode = FaultCode::known("tracking_failed");
 /// The page store of the target cannot be made, filled or sealed.
 pub(crate) const STORE: FaultCode = FaultCode::known("page_store_failed");
-
-pub(crate) fn fault<E: Error>(code: FaultCode) -> impl Fn(E) -> Fault {
-    move |error| Fault::from_error(code.clone(), &error)
-}
 
 /// The bulk connection failed; its own code says how.
 pub(crate) fn stream(error: &StreamError) -> Fault {

@@ -71,7 +71,6 @@ async fn close(service: Arc<PageShipper>, migration: MigrationId) -> Result<Page
     if let Some(target) = target {
         target.end().await;
     }
-    let dir = service.config.migration_dir(&migration);
-    target::remove_store(&dir).map_err(fault(STORE))?;
+    target::remove_store(&service.config, &migration).map_err(fault(STORE))?;
     Ok(PagesClosed {})
 }

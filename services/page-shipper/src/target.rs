@@ -1,7 +1,7 @@
 //! The target role: receive into the page store.
 
-use std::io::{self, ErrorKind};
-use std::path::Path;
+use std::io;
+use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 
 use bytes::Bytes;
@@ -11,7 +11,9 @@ use haulage_pages::target::{FinishReport, TargetEngine};
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::MigrationId;
 use haulage_protocol::page_shipper::{OpenPages, PagesOpened};
-use haulage_protocol::unit::Pages;
+use haulage_protocol::unit::{Bytes as Size, Pages};
+use haulage_service::config::HostConfig;
+use haulage_service::notes;
 use haulage_transport::stream::{BulkConnection, BulkSession, SessionKey};
 use tokio::task::JoinHandle;
 
@@ -48,9 +50,8 @@ pub(crate) async fn open(
     if let Some(earlier) = earlier {
         earlier.end().await;
     }
-    let dir = service.config.migration_dir(&migration);
-    remove_store(&dir).map_err(fault(STORE))?;
-    let store = dir.join(STORE_DIR);
+    remove_store(&service.config, &migration).map_err(fault(STORE))?;
+    let store = place(&service.config, &migration, ask.memory).join(STORE_DIR);
     std::fs::create_dir_all(&store).map_err(fault(STORE))?;
     let engine = TargetEngine::create(&store, StoreLimits::default()).map_err(fault(STORE))?;
     let token = ask.token.reveal().parse().map_err(fault(code::MALFORMED))?;
@@ -62,18 +63,35 @@ pub(crate) async fn open(
     Ok(PagesOpened { address, store: store.to_string_lossy().into_owned() })
 }
 
-/// Removes the store, and the migration's directory when nothing else is in it.
-pub(crate) fn remove_store(dir: &Path) -> io::Result<()> {
-    match std::fs::remove_dir_all(dir.join(STORE_DIR)) {
-        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    match std::fs::remove_dir(dir) {
-        Err(error) if error.kind() != ErrorKind::NotFound && error.kind() != ErrorKind::DirectoryNotEmpty => {
-            Err(error)
+/// In memory when there is ample room, else on disk: the store and the images that it is joined to each hold the
+/// container's memory once, and the restored container holds it again.
+fn place(config: &HostConfig, migration: &MigrationId, memory: Size) -> PathBuf {
+    const COPIES_WITH_ROOM_TO_SPARE: u64 = 4;
+    let ample = memory.0.saturating_mul(COPIES_WITH_ROOM_TO_SPARE);
+    match available() {
+        Ok(available) if available >= ample => config.memory_dir(migration),
+        Ok(_) => config.migration_dir(migration),
+        Err(error) => {
+            tracing::warn!(%error, "the room in memory is not known, pages go to disk");
+            config.migration_dir(migration)
         }
-        _ => Ok(()),
     }
+}
+
+/// `MemAvailable` of proc_meminfo(5), in bytes.
+fn available() -> io::Result<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo")?;
+    let field = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib =
+        field.and_then(|field| field.trim().strip_suffix(" kB")).and_then(|kib| kib.parse::<u64>().ok());
+    kib.map(|kib| kib.saturating_mul(1024))
+        .ok_or_else(|| io::Error::other("/proc/meminfo has no MemAvailable"))
+}
+
+/// Removes the store, wherever it is.
+pub(crate) fn remove_store(config: &HostConfig, migration: &MigrationId) -> io::Result<()> {
+    notes::remove(&config.memory_dir(migration), &[STORE_DIR])?;
+    notes::remove(&config.migration_dir(migration), &[STORE_DIR])
 }
 
 /// Takes one source in, until it ends or fails.

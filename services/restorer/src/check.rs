@@ -7,12 +7,14 @@ use haulage_engine::{ContainerSpec, HostFacts, Need, target_facts, target_refusa
 use haulage_protocol::fault::{Fault, FaultCode, code};
 use haulage_protocol::id::MigrationId;
 use haulage_protocol::restorer::{Check, Checked};
+use haulage_service::notes;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::Restorer;
 use crate::failure::{self, STATE, fault, joined};
 
+const CHECK: &str = "check";
 const CRIU: FaultCode = FaultCode::known("criu");
 
 pub(crate) fn decode<T: DeserializeOwned>(what: &str, value: Value) -> Result<T, Fault> {
@@ -48,13 +50,10 @@ pub(crate) async fn check(
 
 fn criu_is_fit(service: &Restorer, migration: &MigrationId) -> Result<(), Fault> {
     // CRIU wants a directory for its log; nothing of it is kept.
-    let dir = service.dir(migration).join("check");
+    let dir = service.dir(migration).join(CHECK);
     std::fs::create_dir_all(&dir).map_err(fault(STATE))?;
     let fit = service.criu.fit(&dir);
-    let removed = std::fs::remove_dir_all(&dir);
-    // Stays where other services of the host have put something.
-    let _kept = std::fs::remove_dir(service.dir(migration));
-    removed.map_err(fault(STATE))?;
+    notes::remove(&service.dir(migration), &[CHECK]).map_err(fault(STATE))?;
     match fit {
         Ok(_) => Ok(()),
         Err(error @ UnfitError::TooOld { .. }) => {

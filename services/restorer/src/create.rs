@@ -44,7 +44,7 @@ async fn make(
     spec: ContainerSpec,
 ) -> Result<Created, Fault> {
     let docker = &service.docker;
-    let mut notes = Notes { spec, container: None, volumes: Vec::new() };
+    let mut notes = Notes { spec, container: None, volumes: Vec::new(), complete: None };
     notes.write(dir).map_err(fault(STATE))?;
     for (_, volume) in notes.spec.clone().volumes().filter(|(_, volume)| !volume.anonymous) {
         match docker.volume(&volume.name).await {

@@ -1,13 +1,9 @@
 //! How this service's errors look to the coordinator.
 
-use std::error::Error;
-
 use haulage_engine::{EngineError, EngineErrorKind, GatherError};
-use haulage_protocol::fault::{Fault, FaultCode, code};
-use tokio::task::JoinError;
+use haulage_protocol::fault::{Fault, FaultCode};
+pub(crate) use haulage_service::failure::{ENGINE, fault, joined};
 
-/// The engine could not do what was asked.
-pub(crate) const ENGINE: FaultCode = FaultCode::known("engine_failed");
 /// Something of that name appeared on this host after it was checked.
 pub(crate) const CONFLICT: FaultCode = FaultCode::known("target_conflict");
 /// The container did not come to life.
@@ -36,15 +32,4 @@ pub(crate) fn gather(error: &GatherError) -> Fault {
         GatherError::Engine(error) => engine(error),
         other => Fault::from_error(ENGINE, other),
     }
-}
-
-/// The result of work on another thread, whose panic is a defect of this service.
-pub(crate) fn joined<T>(result: Result<Result<T, Fault>, JoinError>) -> Result<T, Fault> {
-    result.unwrap_or_else(|error| {
-        Err(Fault::new(code::INTERNAL, "a worker of this service died").because(&error))
-    })
-}
-
-pub(crate) fn fault<E: Error>(code: FaultCode) -> impl Fn(E) -> Fault {
-    move |error| Fault::from_error(code.clone(), &error)
 }

@@ -42,7 +42,7 @@ pub(crate) async fn adopt(
         }
     }
     service.armed.disarm(id).map_err(fault(STATE))?;
-    Notes::remove(&dir).map_err(fault(STATE))?;
+    notes.remove(&dir).map_err(fault(STATE))?;
     Ok(Adopted {})
 }
 
@@ -62,7 +62,7 @@ pub(crate) async fn undo(service: Arc<Restorer>, migration: MigrationId) -> Resu
             _ => {}
         }
     }
-    Notes::remove(&dir).map_err(fault(STATE))?;
+    notes.remove(&dir).map_err(fault(STATE))?;
     Ok(Undone {})
 }
 

@@ -1,11 +1,11 @@
 //! What was made on this host for a migration, written down before it is made.
 
-use std::fs;
-use std::io::{self, ErrorKind, Write};
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 
 use haulage_engine::ContainerSpec;
 use haulage_protocol::id::MigrationId;
+use haulage_service::notes;
 use serde::{Deserialize, Serialize};
 
 const FILE: &str = "target.json";
@@ -19,6 +19,8 @@ pub(crate) struct Notes {
     pub(crate) container: Option<String>,
     /// Named volumes that were made here, and did not exist before.
     pub(crate) volumes: Vec<String>,
+    /// Where images and pages are joined, once they are: beside the page store.
+    pub(crate) complete: Option<PathBuf>,
 }
 
 /// The name of a container that is not complete: nobody else's, so that undo never removes a stranger.
@@ -27,43 +29,22 @@ pub(crate) fn working_name(migration: &MigrationId) -> String {
 }
 
 impl Notes {
-    /// Writes them so that a crash leaves the old or the new ones.
     pub(crate) fn write(&self, dir: &Path) -> io::Result<()> {
-        fs::create_dir_all(dir)?;
-        let (path, new) = (dir.join(FILE), dir.join("target.json.new"));
-        let mut file = fs::File::create(&new)?;
-        file.write_all(&serde_json::to_vec(self)?)?;
-        file.sync_all()?;
-        fs::rename(new, path)
+        notes::write(&dir.join(FILE), self)
     }
 
-    /// Reads them; `None` when there are none.
     pub(crate) fn read(dir: &Path) -> io::Result<Option<Self>> {
-        match fs::read(dir.join(FILE)) {
-            Ok(raw) => Ok(Some(serde_json::from_slice(&raw)?)),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
-        }
+        notes::read(&dir.join(FILE))
     }
 
     /// Removes them and everything else that this service keeps of the migration.
-    pub(crate) fn remove(dir: &Path) -> io::Result<()> {
-        let gone = |result: io::Result<()>| match result {
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-            other => other,
-        };
-        for part in [crate::IMAGES, crate::COMPLETE, crate::WORK] {
-            gone(fs::remove_dir_all(dir.join(part)))?;
+    pub(crate) fn remove(&self, dir: &Path) -> io::Result<()> {
+        if let Some(complete) = &self.complete
+            && let (Some(parent), Some(name)) =
+                (complete.parent(), complete.file_name().and_then(|n| n.to_str()))
+        {
+            notes::remove(parent, &[name])?;
         }
-        gone(fs::remove_file(dir.join(FILE)))?;
-        // Other services of the host may still have their part in it.
-        match fs::remove_dir(dir) {
-            Err(error)
-                if error.kind() != ErrorKind::NotFound && error.kind() != ErrorKind::DirectoryNotEmpty =>
-            {
-                Err(error)
-            }
-            _ => Ok(()),
-        }
+        notes::remove(dir, &[crate::IMAGES, crate::WORK, FILE])
     }
 }

@@ -1,5 +1,6 @@
 //! The container comes to life.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -23,15 +24,17 @@ pub(crate) async fn restore(
 ) -> Result<Restored, Fault> {
     let dir = service.dir(&migration);
     let id = ask.container.as_str();
-    let Some(notes) = Notes::read(&dir).map_err(fault(STATE))? else {
+    let Some(mut notes) = Notes::read(&dir).map_err(fault(STATE))? else {
         return Err(Fault::new(code::OUT_OF_ORDER, "the container was not created here for this migration"));
     };
     let began = Instant::now();
     let prepared = {
         let (service, id, store) = (service.clone(), id.to_owned(), ask.store.clone());
-        tokio::task::spawn_blocking(move || prepare(&service, &migration, &id, store.as_ref()))
+        tokio::task::spawn_blocking(move || {
+            prepare(&service, &migration, &id, store.as_ref(), &mut notes).map(|()| notes)
+        })
     };
-    joined(prepared.await)?;
+    let notes = joined(prepared.await)?;
     let merge = Micros::from_duration(began.elapsed());
     let began = Instant::now();
     if let Err(error) = service.docker.start(id).await {
@@ -58,10 +61,13 @@ fn prepare(
     service: &Restorer,
     migration: &MigrationId,
     id: &str,
-    store: &std::path::Path,
+    store: &Path,
+    notes: &mut Notes,
 ) -> Result<(), Fault> {
     let dir = service.dir(migration);
-    let (received, complete, work) = (dir.join(IMAGES), dir.join(COMPLETE), dir.join(WORK));
+    let (received, complete, work) = (dir.join(IMAGES), store.with_file_name(COMPLETE), dir.join(WORK));
+    notes.complete = Some(complete.clone());
+    notes.write(&dir).map_err(fault(STATE))?;
     std::fs::create_dir_all(&work).map_err(fault(STATE))?;
     join::join(&received, store, &complete)?;
     let armed = Armed::new(migration.as_str(), complete, work);

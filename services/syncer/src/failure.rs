@@ -1,21 +1,14 @@
 //! How this service's errors look to the coordinator.
 
-use std::error::Error;
-
 use haulage_engine::{EngineError, EngineErrorKind};
 use haulage_files::FilesError;
 use haulage_protocol::fault::{Fault, FaultCode, code};
+pub(crate) use haulage_service::failure::{ENGINE, fault};
 use haulage_transport::bucket::BucketError;
 use haulage_transport::stream::StreamError;
 
-/// The engine could not do what was asked.
-pub(crate) const ENGINE: FaultCode = FaultCode::known("engine_failed");
 /// The image that came out of the bucket is not the one that went in.
 pub(crate) const IMAGE: FaultCode = FaultCode::known("image_failed");
-
-pub(crate) fn fault<E: Error>(code: FaultCode) -> impl Fn(E) -> Fault {
-    move |error| Fault::from_error(code.clone(), &error)
-}
 
 pub(crate) fn engine(error: &EngineError) -> Fault {
     match error.kind() {

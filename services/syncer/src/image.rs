@@ -10,6 +10,7 @@ use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::MigrationId;
 use haulage_protocol::syncer::{ImagePulled, ImagePushed, PullImage, PushImage};
 use haulage_protocol::unit::{Bytes, Micros};
+use haulage_service::notes;
 use tokio::io::AsyncWriteExt;
 use tokio_util::io::ReaderStream;
 
@@ -34,7 +35,7 @@ pub(crate) async fn push(
         None => Bytes(0),
     };
     if pushed.present == Bytes(0) {
-        let scratch = Scratch::make(service.config.migration_dir(&migration).join("image-out"))?;
+        let scratch = Scratch::make(service.config.migration_dir(&migration), "image-out")?;
         put_image(&service, &ask.image, name, &scratch.dir, &mut pushed).await?;
     }
     pushed.took = Micros::from_duration(began.elapsed());
@@ -105,7 +106,7 @@ pub(crate) async fn pull(
         Fault::new(IMAGE, format!("the bucket has no image {}", ask.image))
             .remedy("see that --bucket names the same store on both hosts")
     })?;
-    let scratch = Scratch::make(service.config.migration_dir(&migration).join("image-in"))?;
+    let scratch = Scratch::make(service.config.migration_dir(&migration), "image-in")?;
     let read = fetch(&service, &manifest, &scratch.dir).await?;
     let tar = scratch.dir.join("image.tar");
     let (members, pieces, to) = (manifest.members.clone(), scratch.dir.clone(), tar.clone());
@@ -166,28 +167,24 @@ fn manifest_name(image: &str) -> Result<&str, Fault> {
 
 /// A directory that goes with this.
 struct Scratch {
+    migration: PathBuf,
+    name: &'static str,
     dir: PathBuf,
 }
 
 impl Scratch {
-    fn make(dir: PathBuf) -> Result<Self, Fault> {
-        match std::fs::remove_dir_all(&dir) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(fault(IMAGE)(error)),
-            _ => {}
-        }
+    fn make(migration: PathBuf, name: &'static str) -> Result<Self, Fault> {
+        notes::remove(&migration, &[name]).map_err(fault(IMAGE))?;
+        let dir = migration.join(name);
         std::fs::create_dir_all(&dir).map_err(fault(IMAGE))?;
-        Ok(Self { dir })
+        Ok(Self { migration, name, dir })
     }
 }
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_dir_all(&self.dir) {
+        if let Err(error) = notes::remove(&self.migration, &[self.name]) {
             tracing::warn!(dir = %self.dir.display(), %error, "a scratch directory was not removed");
-        }
-        // Stays where other services of the host have put something into the migration's directory.
-        if let Some(migration) = self.dir.parent() {
-            let _kept = std::fs::remove_dir(migration);
         }
     }
 }

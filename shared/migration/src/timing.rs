@@ -10,9 +10,9 @@ use crate::record::Migration;
 /// (`dump`, `last_round`, `files`) overlap, so they add up to more than `total`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
 pub struct FreezeSplit {
-    /// From asking for the freeze to the container running on the target.
+    /// From the first task that stands still to the container running on the target.
     pub total: Micros,
-    /// Freezing the cgroup.
+    /// Freezing the cgroup, waiting for exec sessions to end included.
     pub freeze: Micros,
     /// CRIU's dump.
     pub dump: Micros,
@@ -22,8 +22,10 @@ pub struct FreezeSplit {
     pub files: Micros,
     /// Carrying over the dump.
     pub ship: Micros,
-    /// Joining pages and images, starting, CRIU's restore.
-    pub restore: Micros,
+    /// Joining pages and images, on the target.
+    pub merge: Micros,
+    /// The engine's and the runtime's start, with CRIU's restore in it.
+    pub start: Micros,
 }
 
 /// How long an effect ran, if it has ended.
@@ -36,18 +38,21 @@ pub fn took(migration: &Migration, effect: Effect) -> Option<Micros> {
 /// The freeze and its parts, of a migration whose container has run on the target.
 #[must_use]
 pub fn freeze_split(migration: &Migration) -> Option<FreezeSplit> {
-    let began = migration.spans.iter().find(|span| span.effect == Effect::Freeze)?.from;
+    let (frozen, restored) = (migration.facts.frozen.as_ref()?, migration.facts.restored.as_ref()?);
+    // The checkpointer prepares before it freezes and answers right after, so what it says of the freeze itself
+    // is counted back from its answer. Clocks of different hosts are never compared.
+    let answered = migration.spans.iter().find(|span| span.effect == Effect::Freeze)?.to?;
     let ended = migration.spans.iter().find(|span| span.effect == Effect::Restore)?.to?;
-    migration.facts.restored.as_ref()?;
     let part = |effect| took(migration, effect).unwrap_or_default();
     Some(FreezeSplit {
-        total: ended.since(began),
-        freeze: part(Effect::Freeze),
+        total: ended.since(answered) + frozen.took,
+        freeze: frozen.took,
         dump: part(Effect::Dump),
         last_round: part(Effect::FinalRound),
         files: part(Effect::SyncFrozen),
         ship: part(Effect::ShipImages),
-        restore: part(Effect::Restore),
+        merge: restored.merge,
+        start: restored.start,
     })
 }
 

@@ -13,6 +13,8 @@ use crate::unit::{Bytes, Micros, Pages};
 pub struct OpenPages {
     /// What the source must present.
     pub token: Token,
+    /// Memory in use on the source: what the store will have to hold.
+    pub memory: Bytes,
 }
 
 /// The answer to [`OpenPages`].

@@ -26,6 +26,9 @@ pub struct HostConfig {
     /// Where migrations keep what they must not lose.
     #[arg(long, env = "HAUL_STATE_DIR", default_value = "/var/lib/haul", value_name = "DIR")]
     pub state_dir: PathBuf,
+    /// A tmpfs, for the memory of containers that arrive, while it has ample room; else it goes to the state directory.
+    #[arg(long, env = "HAUL_PAGE_DIR", default_value = "/dev/shm", value_name = "DIR")]
+    pub page_dir: PathBuf,
     /// The socket of this host's Docker engine.
     #[arg(long, env = "HAUL_DOCKER", default_value = "unix:///var/run/docker.sock", value_name = "URL")]
     pub docker: String,
@@ -45,6 +48,12 @@ impl HostConfig {
     #[must_use]
     pub fn migration_dir(&self, migration: &MigrationId) -> PathBuf {
         self.state_dir.join("migrations").join(migration.as_str())
+    }
+
+    /// The directory of one migration in memory (tmpfs); not created.
+    #[must_use]
+    pub fn memory_dir(&self, migration: &MigrationId) -> PathBuf {
+        self.page_dir.join(format!("haul-{}-{migration}", self.host))
     }
 
     /// The Docker socket as a path.

@@ -1,6 +1,8 @@
 //! What every service's process has in common: configuration, logs, connection, announcement, stopping.
 
 pub mod config;
+pub mod failure;
+pub mod notes;
 mod presence;
 mod run;
 pub mod shutdown;
