@@ -63,6 +63,19 @@ impl NatsServer {
         self.address
     }
 
+    /// Publishes bytes of any kind on a subject, as a stranger might.
+    ///
+    /// # Errors
+    /// The server does not answer.
+    pub fn publish(&self, subject: &str, payload: &[u8]) -> Result<()> {
+        let mut connection = Connection::open(self.address)?;
+        write!(connection.writer, "PUB {subject} {}\r\n", payload.len())?;
+        connection.writer.write_all(payload)?;
+        connection.writer.write_all(b"\r\nPING\r\n")?;
+        while connection.line()? != "PONG" {}
+        Ok(())
+    }
+
     /// Subscribes to a subject; messages published from now on are seen.
     ///
     /// # Errors
@@ -85,6 +98,19 @@ impl Subscription {
         write!(connection.writer, "SUB {subject} 1\r\nPING\r\n")?;
         while connection.line()? != "PONG" {}
         Ok(Self(connection))
+    }
+
+    /// Waits until a migration enters a phase.
+    ///
+    /// # Errors
+    /// It does not within `limit` after the event before.
+    pub fn wait_for_phase(&mut self, phase: &str, limit: Duration) -> Result<()> {
+        loop {
+            let event = self.next(limit).with_context(|| format!("phase {phase} does not come"))?;
+            if event.pointer("/what/phase").and_then(Value::as_str) == Some(phase) {
+                return Ok(());
+            }
+        }
     }
 
     /// The next message.

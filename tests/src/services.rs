@@ -205,14 +205,53 @@ fn announced(hosts: &Value) -> Vec<Announced> {
 }
 
 impl Fleet {
+    /// Kills a service of a host with SIGKILL and starts it again, as an init system would, without waiting for it.
+    ///
+    /// # Errors
+    /// The services have not been started, or it does not run.
+    pub fn restart_service(&mut self, host: usize, service: Service) -> Result<()> {
+        self.with_services(|services, fleet| {
+            services.kill_service(host, service)?;
+            services.start_service(fleet, host, service)
+        })
+    }
+
+    /// Starts all services of a host that were killed, and waits until they are announced.
+    ///
+    /// # Errors
+    /// It could not be started.
+    pub fn revive(&mut self, host: usize) -> Result<()> {
+        self.with_services(|services, fleet| {
+            for service in Service::ALL {
+                services.start_service(fleet, host, service)?;
+            }
+            services.wait_announced(fleet)
+        })
+    }
+
+    /// Starts one more coordinator and gives its index.
+    ///
+    /// # Errors
+    /// It could not be started.
+    pub fn add_coordinator(&mut self) -> Result<usize> {
+        self.with_services(Services::start_coordinator)
+    }
+
+    fn with_services<T>(&mut self, act: impl FnOnce(&mut Services, &Self) -> Result<T>) -> Result<T> {
+        let mut services = self.take_services()?;
+        let done = act(&mut services, self);
+        self.put_services(services);
+        done
+    }
+
     /// Kills the coordinator with this index, starts another, and gives its index.
     ///
     /// # Errors
     /// The services have not been started, or it does not run.
     pub fn replace_coordinator(&mut self, index: usize) -> Result<usize> {
-        let mut services = self.take_services()?;
-        let replaced = services.kill_coordinator(index).and_then(|()| services.start_coordinator(self));
-        self.put_services(services);
-        replaced
+        self.with_services(|services, fleet| {
+            services.kill_coordinator(index)?;
+            services.start_coordinator(fleet)
+        })
     }
 }

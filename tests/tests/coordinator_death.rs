@@ -3,7 +3,6 @@
 use anyhow::{Context, Result, bail};
 use haulage_tests::fleet::Fleet;
 use haulage_tests::scenario::{Redis, nothing_left_on, only_on, system};
-use serde_json::Value;
 use std::time::Duration;
 
 /// The phases in which a coordinator can die, in their order. Those of undo occur after a death in some of these.
@@ -28,12 +27,7 @@ fn a_coordinator_killed_in_any_phase_is_replaced() -> Result<()> {
             let to = 1 - at;
             let mut events = fleet.nats()?.subscribe("haul.v1.event.>")?;
             let migration = fleet.start_migration("web", at, to)?;
-            loop {
-                let event = events.next(PATIENCE).with_context(|| format!("phase {phase} does not come"))?;
-                if event.pointer("/what/phase").and_then(Value::as_str) == Some(phase) {
-                    break;
-                }
-            }
+            events.wait_for_phase(phase, PATIENCE)?;
             coordinator = fleet.replace_coordinator(coordinator)?;
             let moved = migration.wait(TAKE_OVER).with_context(|| format!("killed in {phase}"))?;
             match moved.outcome.as_str() {

@@ -3,7 +3,6 @@
 use anyhow::{Context, Result, ensure};
 use haulage_tests::leftovers::{Snapshot, left_since};
 use haulage_tests::nats::Subscription;
-use serde_json::Value;
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -76,8 +75,6 @@ fn a_demo_killed_with_its_container_frozen_leaves_nothing() -> Result<()> {
     let mut demo = Demo::start()?;
     let mut events = Subscription::new(demo.nats, "haul.v1.event.>")?;
     demo.wait_for_line("$ haul migrate")?;
-    while events.next(Duration::from_secs(60))?.pointer("/what/phase").and_then(Value::as_str)
-        != Some("switch")
-    {}
+    events.wait_for_phase("switch", Duration::from_secs(60))?;
     demo.kill_and_check(&before)
 }

@@ -92,6 +92,9 @@ impl Driver {
                 return Ok(false);
             }
         }
+        if !self.record.leftovers.is_empty() {
+            self.coordinator.sweeper.remember(&self.record).await?;
+        }
         tracing::info!(
             migration = %self.record.job.id,
             outcome = self.record.outcome.map_or("none", haulage_migration::Outcome::as_str),

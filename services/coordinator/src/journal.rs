@@ -56,6 +56,11 @@ impl Journal {
         Ok(Opened::Ours(Box::new(Owned { record, revision, effects, before: Some(before) })))
     }
 
+    /// A record, whoever owns it.
+    pub(crate) async fn read(&self, id: &MigrationId) -> Result<Option<(Migration, Revision)>, TableError> {
+        self.table.get(&subject::migration_key(id)).await
+    }
+
     /// Replaces the record. A write whose acknowledgement was lost is recognised and counts.
     pub(crate) async fn write(&self, record: &Migration, revision: Revision) -> Result<Revision, TableError> {
         let key = subject::migration_key(&record.job.id);

@@ -7,6 +7,7 @@ mod journal;
 mod lease;
 mod perform;
 mod registry;
+mod sweep;
 
 use std::error::Error;
 use std::num::NonZeroUsize;
@@ -28,6 +29,7 @@ use crate::driver::Driver;
 use crate::journal::{Journal, Opened};
 use crate::lease::Leases;
 use crate::registry::Registry;
+use crate::sweep::Sweeper;
 
 /// The command line.
 #[derive(Debug, clap::Parser)]
@@ -47,6 +49,7 @@ pub(crate) struct Coordinator {
     journal: Journal,
     leases: Leases,
     registry: Registry,
+    sweeper: Sweeper,
 }
 
 /// Takes jobs until SIGTERM or SIGINT; then gives those under way back, for another coordinator to carry on.
@@ -60,6 +63,7 @@ pub async fn run(args: Args) -> Result<(), Box<dyn Error + Send + Sync>> {
         journal: Journal::open(&nats).await?,
         leases: Leases::open(&nats).await?,
         registry: Registry::open(&nats).await?,
+        sweeper: Sweeper::open(&nats).await?,
         id,
         nats,
     });
@@ -67,6 +71,7 @@ pub async fn run(args: Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     let room = Arc::new(Semaphore::new(args.max_migrations.get()));
     let stop = CancellationToken::new();
     let drivers = TaskTracker::new();
+    drivers.spawn(sweep::sweep(coordinator.clone(), stop.clone()));
     let mut shutdown = Box::pin(shutdown::requested()?);
     tracing::info!(coordinator = %coordinator.id, "taking jobs");
     loop {

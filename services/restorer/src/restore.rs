@@ -2,10 +2,11 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use haulage_engine::Engine;
-use haulage_engine::armed::{Armed, ArmedError};
+use haulage_engine::RunState;
+use haulage_engine::armed::{Armed, ArmedError, State};
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::MigrationId;
 use haulage_protocol::restorer::{Restore, Restored};
@@ -16,6 +17,12 @@ use crate::create::told;
 use crate::failure::{self, ENGINE, RESTORE, STATE, fault, joined};
 use crate::notes::Notes;
 use crate::{COMPLETE, IMAGES, Restorer, WORK, announce, join};
+
+/// An engine that was asked to start a container comes to the runtime within this time.
+const ENGINE_COMES_WITHIN: Duration = Duration::from_secs(5);
+/// How long a restore that somebody else began may take.
+const RESTORED_WITHIN: Duration = Duration::from_secs(300);
+const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(20);
 
 pub(crate) async fn restore(
     service: Arc<Restorer>,
@@ -28,6 +35,10 @@ pub(crate) async fn restore(
         return Err(Fault::new(code::OUT_OF_ORDER, "the container was not created here for this migration"));
     };
     let began = Instant::now();
+    if let Some(state) = began_before(&service, id).await? {
+        announce_from(&notes, state.pid).await;
+        return Ok(Restored { at: now(), merge: Micros(0), start: Micros::from_duration(began.elapsed()) });
+    }
     let prepared = {
         let (service, id, store) = (service.clone(), id.to_owned(), ask.store.clone());
         tokio::task::spawn_blocking(move || {
@@ -46,14 +57,44 @@ pub(crate) async fn restore(
     if !state.running || state.pid <= 0 {
         return Err(failed(&service, id, None));
     }
-    let announced = tokio::task::spawn_blocking(move || announce::addresses(&notes.spec, state.pid));
+    announce_from(&notes, state.pid).await;
+    Ok(Restored { at, merge, start: Micros::from_duration(began.elapsed()) })
+}
+
+/// Whether a restorer that has died since had begun this restore. The engine and the runtime went on without it, so
+/// it is waited for: the container may run and have answered clients by now.
+async fn began_before(service: &Restorer, id: &str) -> Result<Option<RunState>, Fault> {
+    let began = Instant::now();
+    loop {
+        match service.armed.state(id).map_err(fault(STATE))? {
+            State::Absent => return Ok(None),
+            // Armed, and the engine was not asked to start it, or has not come to it yet.
+            State::Armed(_) if began.elapsed() >= ENGINE_COMES_WITHIN => {
+                service.armed.disarm(id).map_err(fault(STATE))?;
+                return Ok(None);
+            }
+            State::Restored => break,
+            State::Consumed if service.armed.outcome(id).map_err(fault(STATE))?.is_some_and(|o| !o.ok) => {
+                return Err(failed(service, id, None));
+            }
+            State::Consumed if began.elapsed() >= RESTORED_WITHIN => return Err(failed(service, id, None)),
+            State::Armed(_) | State::Consumed => tokio::time::sleep(LOOK_AGAIN_AFTER).await,
+        }
+    }
+    let state = service.docker.inspect(id).await.map_err(|error| failure::engine(&error))?;
+    let state = state.state().map_err(fault(ENGINE))?;
+    if state.running && state.pid > 0 { Ok(Some(state)) } else { Err(failed(service, id, None)) }
+}
+
+async fn announce_from(notes: &Notes, init: i32) {
+    let spec = notes.spec.clone();
+    let announced = tokio::task::spawn_blocking(move || announce::addresses(&spec, init));
+    // The container runs and answers; neighbours find it when they ask again.
     match announced.await {
         Ok(Ok(())) => {}
-        // The container runs and answers; neighbours find it when they ask again.
-        Ok(Err(error)) => tracing::warn!(container = id, %error, "its addresses were not announced"),
-        Err(error) => tracing::warn!(container = id, %error, "its addresses were not announced"),
+        Ok(Err(error)) => tracing::warn!(init, %error, "its addresses were not announced"),
+        Err(error) => tracing::warn!(init, %error, "its addresses were not announced"),
     }
-    Ok(Restored { at, merge, start: Micros::from_duration(began.elapsed()) })
 }
 
 /// Complete images, and a runtime that will restore them.

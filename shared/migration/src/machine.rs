@@ -282,9 +282,11 @@ impl Migration {
             Phase::PreCopy => Vec::new(),
             Phase::Freeze => vec![Effect::Freeze],
             Phase::Switch => vec![Effect::Dump, Effect::FinalRound, Effect::SyncFrozen],
-            Phase::Ship => vec![Effect::ShipImages],
+            // Whatever could forbid the move is asked before the target runs: once it does, it answers clients, and
+            // undoing it would lose what they were told.
+            Phase::Ship => vec![Effect::ShipImages, Effect::ConfirmHold, Effect::ConfirmLease],
             Phase::Restore => vec![Effect::Restore],
-            Phase::Verify => vec![Effect::Verify, Effect::ConfirmHold, Effect::ConfirmLease],
+            Phase::Verify => vec![Effect::Verify],
             Phase::Commit => vec![Effect::CommitSource, Effect::Adopt],
             Phase::Fence if self.attempted.contains(&Effect::Restore) => vec![Effect::UndoTarget],
             Phase::Resume if self.must_undo(Effect::RollBackSource) => vec![Effect::RollBackSource],

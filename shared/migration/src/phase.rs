@@ -40,11 +40,11 @@ pub enum Phase {
     Freeze,
     /// With the container frozen, in parallel: the last round, the dump, the last file pass.
     Switch,
-    /// Carry over the dump.
+    /// Carry over the dump. Is the source still held as it was dumped, and the lease still ours?
     Ship,
     /// Bring it to life on the target. The downtime ends here.
     Restore,
-    /// Is it alive there, is the source still held, is the lease still ours?
+    /// Is it alive there?
     Verify,
     /// Decided: the record in this phase *is* the commit. The source ends, the target keeps the container.
     Commit,

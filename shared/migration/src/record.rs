@@ -134,6 +134,19 @@ pub struct Migration {
 }
 
 impl Migration {
+    /// Numbers a try to remove what was left behind, under numbers that no earlier command had. The record is to be
+    /// persisted before the effects are performed.
+    pub fn retry_leftovers(&mut self) -> Vec<(Step, Effect)> {
+        let leftovers = self.leftovers.iter().map(|leftover| leftover.effect).collect::<Vec<_>>();
+        leftovers
+            .into_iter()
+            .map(|effect| {
+                self.last_step = Step(self.last_step.0.saturating_add(1));
+                (self.last_step, effect)
+            })
+            .collect()
+    }
+
     /// Whether nothing more will happen.
     #[must_use]
     pub fn is_over(&self) -> bool {

@@ -23,6 +23,8 @@ pub const EVENTS: &str = "HAUL_EVENTS";
 pub const MIGRATIONS: &str = "HAUL_MIGRATIONS";
 /// The KV bucket of leases; key: the container's id.
 pub const LEASES: &str = "HAUL_LEASES";
+/// The KV bucket of migrations that are over but left something behind; key: the migration's id, value: its phase.
+pub const LEFTOVERS: &str = "HAUL_LEFTOVERS";
 /// The KV bucket of hosts, whose entries expire; key: [`presence_key`].
 pub const HOSTS: &str = "HAUL_HOSTS";
 

@@ -108,6 +108,7 @@ impl Nats {
         for (bucket, max_age) in [
             (subject::MIGRATIONS, Duration::ZERO),
             (subject::LEASES, Duration::ZERO),
+            (subject::LEFTOVERS, Duration::ZERO),
             (subject::HOSTS, PRESENCE_LASTS),
         ] {
             if self.jetstream.get_key_value(bucket).await.is_ok() {
