@@ -74,10 +74,19 @@ fn dump_frozen(
     let mask = cover(mask, session)?;
     session.notes.arp_ignore = Some(quiet::present(session.notes.init).map_err(fault(DUMP))?);
     session.notes.write(&dir).map_err(fault(DUMP))?;
-    quiet::hush(session.notes.init).map_err(fault(DUMP))?;
     let request = request(&session.bundle, images.clone(), work);
-    let held = dump::Dump::start(&service.criu, &request, Some(mask)).map_err(fault(DUMP))?;
+    // CRIU locks packets out for as long as it lives; by the time it holds, so do we.
+    let (hushed, held) = std::thread::scope(|scope| {
+        let hush = scope.spawn(|| quiet::hush(session.notes.init));
+        let held = dump::Dump::start(&service.criu, &request, Some(mask));
+        (hush.join(), held)
+    });
+    let held = held.map_err(fault(DUMP))?;
     session.state = State::Held(held);
+    match hushed {
+        Ok(hushed) => hushed.map_err(fault(DUMP))?,
+        Err(_) => return Err(Fault::new(code::INTERNAL, "the thread that silences the network died")),
+    }
     // CRIU has thawed the cgroup and stops the tasks itself. Should it die, they shall stand still all the same.
     let freezer = Freezer::open(&session.notes.freezer).map_err(fault(DUMP))?;
     freezer.freeze(FREEZE_WITHIN).map_err(fault(DUMP))?;
