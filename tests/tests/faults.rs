@@ -31,7 +31,7 @@ fn a_service_that_dies_and_comes_back_costs_at_most_the_migration() -> Result<()
         (true, Service::Checkpointer, "switch"),
         (true, Service::Checkpointer, "restore"),
         (false, Service::Restorer, "restore"),
-        (true, Service::Checkpointer, "commit"),
+        (true, Service::Checkpointer, "retire"),
     ];
     system(&Fleet::builder(), |fleet| {
         let redis = Redis::start(fleet, 0, "web", 0, &["--restart", "unless-stopped"])?;

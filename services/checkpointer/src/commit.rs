@@ -1,10 +1,11 @@
 //! The container ends on this host: it runs on the target.
 
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::Duration;
 
 use haulage_engine::{Engine, EngineErrorKind};
-use haulage_pages::process;
+use haulage_pages::process::{self, ListError};
 use haulage_protocol::checkpointer::{Commit, Committed};
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::MigrationId;
@@ -60,7 +61,9 @@ fn end(session: Option<Session>, notes: &Notes) -> Result<(), Fault> {
                 let _gone = kill_process(process.pid, Signal::KILL);
             }
         }
-        Err(error) => tracing::debug!(error = %chain(&error), "no processes are left"),
+        Err(ListError::Read { source, .. }) if source.kind() == ErrorKind::NotFound => {}
+        // What cannot be listed cannot be killed, and must stay frozen.
+        Err(error) => return Err(fault(RELEASE)(error)),
     }
     match Freezer::open(&notes.freezer) {
         Ok(freezer) => {

@@ -73,13 +73,18 @@ fn prepare(
     let volumes =
         spec.volumes().filter(|(_, volume)| !volume.anonymous).map(|(_, volume)| volume.name.clone());
     let dir = service.config.migration_dir(migration);
+    let before = Notes::read(&dir).map_err(fault(FREEZE))?;
     let notes = Notes {
         container: ask.container,
         init: bundle.init_pid,
         freezer: bundle.cgroup.freezer_dir.clone(),
         procs: bundle.cgroup.procs_file.clone(),
-        restart_policy: spec.restart_policy(),
-        arp_ignore: None,
+        // A freeze that was begun before, by a checkpointer that has died since, may have changed them already.
+        restart_policy: before
+            .as_ref()
+            .map_or_else(|| spec.restart_policy(), |notes| notes.restart_policy.clone()),
+        arp_ignore: before.and_then(|notes| notes.arp_ignore),
+        addresses: spec.addresses(),
         volumes: volumes.collect(),
     };
     notes.write(&dir).map_err(fault(FREEZE))?;
@@ -155,7 +160,8 @@ fn parent(pid: i32) -> Option<i32> {
     fields.split_ascii_whitespace().nth(1)?.parse().ok()
 }
 
-fn mapped_writable(processes: &[Process], spec: &ContainerSpec) -> Result<Vec<MappedFile>, Fault> {
+/// Files that some process maps shared and writable.
+pub(crate) fn mapped_writable(processes: &[Process], spec: &ContainerSpec) -> Result<Vec<MappedFile>, Fault> {
     let mut files = BTreeSet::new();
     for process in processes {
         let maps = Maps::of(process.pid).map_err(fault(FREEZE))?;

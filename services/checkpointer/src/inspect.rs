@@ -14,6 +14,7 @@ use haulage_protocol::unit::Bytes;
 
 use crate::Checkpointer;
 use crate::failure::{self, joined};
+use crate::freeze::mapped_writable;
 
 const NOT_INSPECTABLE: FaultCode = FaultCode::known("not_inspectable");
 const LACKS_CAPABILITY: FaultCode = FaultCode::known("lacks_capability");
@@ -61,6 +62,7 @@ fn describe(captured: &Captured, engine: &haulage_engine::facts::EngineInfo) -> 
         processes: u32::try_from(processes.len()).unwrap_or(u32::MAX),
         memory,
         roots: roots(captured)?,
+        mapped_writable: mapped_writable(&processes, spec)?,
     })
 }
 

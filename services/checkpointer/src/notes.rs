@@ -1,6 +1,7 @@
 //! What was changed on this host for a migration, written down before it is changed.
 
 use std::io;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use haulage_engine::RestartPolicy;
@@ -24,6 +25,8 @@ pub(crate) struct Notes {
     pub(crate) restart_policy: RestartPolicy,
     /// `arp_ignore` of the container's network namespace, once it was changed.
     pub(crate) arp_ignore: Option<String>,
+    /// Ethernet and IPv4 addresses, to be announced again.
+    pub(crate) addresses: Vec<(String, Ipv4Addr)>,
     /// Named volumes that leave with the container.
     pub(crate) volumes: Vec<String>,
 }

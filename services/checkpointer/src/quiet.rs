@@ -35,25 +35,43 @@ pub(crate) fn present(init: i32) -> io::Result<String> {
 pub(crate) fn hush(init: i32) -> io::Result<()> {
     in_namespace(init, || {
         std::fs::write(ARP_IGNORE, NEVER_REPLY)?;
-        filter(SHUT)
+        filters().try_for_each(|family| family.feed(SHUT))
     })
 }
 
 /// As before. Silence that was never complete is ended as far as it went.
+///
+/// # Errors
+/// When packets may still be dropped: ask again.
 pub(crate) fn restore(init: i32, setting: &str) -> io::Result<()> {
     in_namespace(init, || {
-        if let Err(error) = filter(OPEN) {
-            tracing::debug!(init, %error, "the packet filter was not, or not wholly, shut");
-        }
+        filters().try_for_each(|family| match family.feed(OPEN) {
+            Err(error) if family.is_shut()? => Err(error),
+            // It was not shut, or has been opened before.
+            _ => Ok(()),
+        })?;
         std::fs::write(ARP_IGNORE, setting)
     })
 }
 
-/// Feeds rules to the packet filters of the thread's network namespace, in one transaction each.
-fn filter(rules: &str) -> io::Result<()> {
-    let ipv6 = Path::new(IPV6).exists().then_some("ip6tables-restore");
-    for program in ["iptables-restore"].into_iter().chain(ipv6) {
-        let mut child = Command::new(program)
+/// The packet filter of one version of IP, in the thread's network namespace.
+#[derive(Clone, Copy)]
+struct Family {
+    list: &'static str,
+    restore: &'static str,
+}
+
+fn filters() -> impl Iterator<Item = Family> {
+    let ipv4 = Family { list: "iptables", restore: "iptables-restore" };
+    let ipv6 = Family { list: "ip6tables", restore: "ip6tables-restore" };
+    // Without IPv6 there is nothing to shut.
+    [ipv4].into_iter().chain(Path::new(IPV6).exists().then_some(ipv6))
+}
+
+impl Family {
+    /// Feeds rules to it, in one transaction.
+    fn feed(self, rules: &str) -> io::Result<()> {
+        let mut child = Command::new(self.restore)
             .args(["--noflush", "--wait"])
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
@@ -63,12 +81,21 @@ fn filter(rules: &str) -> io::Result<()> {
             stdin.write_all(rules.as_bytes())?;
         }
         let output = child.wait_with_output()?;
-        if !output.status.success() {
-            let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-            return Err(io::Error::other(format!("{program} ended with {}: {said}", output.status)));
+        if output.status.success() {
+            return Ok(());
         }
+        let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        Err(io::Error::other(format!("{} ended with {}: {said}", self.restore, output.status)))
     }
-    Ok(())
+
+    fn is_shut(self) -> io::Result<bool> {
+        let list = Command::new(self.list)
+            .args(["--wait", "-n", "-L", "HAULAGE"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()?;
+        Ok(list.success())
+    }
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::Step;
 use haulage_protocol::job::CancelAnswer;
 use haulage_protocol::version::Version;
+use haulage_service::failure::ENGINE;
 use haulage_service::{chain, now};
 use haulage_transport::nats::HEARTBEAT;
 use haulage_transport::queue::{CancelRequest, Delivery};
@@ -50,19 +51,29 @@ pub(crate) struct Driver {
 /// The record is another coordinator's now.
 struct Lost;
 
+/// How driving a migration ended.
+pub(crate) enum End {
+    /// It is over.
+    Over,
+    /// This coordinator stops; another one is to go on at once.
+    Stopped,
+    /// Another coordinator goes on already, upon a delivery of its own.
+    TakenOver,
+}
+
 impl Driver {
     pub(crate) fn new(coordinator: Arc<Coordinator>, owned: Box<Owned>) -> Self {
         let Owned { record, revision, effects, before } = *owned;
         Self { coordinator, record, revision, before, todo: effects, running: JoinSet::new() }
     }
 
-    /// Drives the migration to its end (`true`), or until `stop` or until another coordinator has taken it over
-    /// (`false`). Dropping the effects that are under way is harmless: they are asked for again.
+    /// Drives the migration to its end, or until `stop` or until another coordinator has taken it over. Dropping
+    /// the effects that are under way is harmless: they are asked for again.
     pub(crate) async fn run(
         mut self,
         delivery: &Delivery,
         stop: CancellationToken,
-    ) -> Result<bool, TableError> {
+    ) -> Result<End, TableError> {
         let mut cancellations = self.coordinator.nats.cancellations(&self.record.job.id).await?;
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
         let first = self.before.take();
@@ -70,7 +81,7 @@ impl Driver {
         self.begin_effects();
         while !self.record.is_over() {
             let moved = tokio::select! {
-                () = stop.cancelled() => return Ok(false),
+                () = stop.cancelled() => return Ok(End::Stopped),
                 _ = heartbeat.tick() => {
                     if let Err(error) = delivery.heartbeat().await {
                         tracing::warn!(migration = %self.record.job.id, error = %chain(&error), "no heartbeat");
@@ -83,30 +94,28 @@ impl Driver {
                     Err(error) => {
                         // Performing panicked: a defect. The record stands; a takeover would meet it again.
                         tracing::error!(migration = %self.record.job.id, %error, "an effect was lost");
-                        return Ok(false);
+                        return Ok(End::Stopped);
                     }
                 },
             };
             if let Err(Lost) = moved {
                 tracing::warn!(migration = %self.record.job.id, "another coordinator has taken it over");
-                return Ok(false);
+                return Ok(End::TakenOver);
             }
         }
-        if !self.record.leftovers.is_empty() {
-            self.coordinator.sweeper.remember(&self.record).await?;
-        }
+        self.coordinator.remember_leftovers(&self.record).await?;
         tracing::info!(
             migration = %self.record.job.id,
             outcome = self.record.outcome.map_or("none", haulage_migration::Outcome::as_str),
             "over"
         );
-        Ok(true)
+        Ok(End::Over)
     }
 
     async fn ended(&mut self, (step, result): Ended) -> Result<(), Lost> {
         let event = match result {
             Ok(success) => Event::Done(step, success),
-            Err(fault) if fault.code == code::STALE_EPOCH => return Err(Lost),
+            Err(fault) if is_another_owners(&fault) => return Err(Lost),
             Err(fault) => {
                 tracing::warn!(migration = %self.record.job.id, %step, %fault, "an effect failed");
                 Event::Failed(step, fault)
@@ -198,6 +207,11 @@ impl Driver {
     }
 }
 
+/// A service has heard of another owner, or of steps that only another owner can have asked for.
+fn is_another_owners(fault: &Fault) -> bool {
+    fault.code == code::STALE_EPOCH || fault.code == code::SUPERSEDED
+}
+
 /// Performs an effect as often as its persistence asks for.
 async fn insist(
     coordinator: &Coordinator,
@@ -216,10 +230,11 @@ async fn insist(
         };
         let again = match persistence {
             Persistence::Report => false,
+            Persistence::FindOut => fault.is_unreachable() || fault.code == ENGINE,
             Persistence::Attempt => tries < ATTEMPTS,
             Persistence::Insist => true,
         };
-        if !again || fault.code == code::STALE_EPOCH {
+        if !again || is_another_owners(&fault) {
             return Err(fault);
         }
         tracing::warn!(migration = %record.job.id, %effect, %fault, tries, "trying again");

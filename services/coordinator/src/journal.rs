@@ -23,7 +23,7 @@ pub(crate) struct Owned {
 /// What was found under a migration's id.
 pub(crate) enum Opened {
     /// It is over: nothing to do.
-    Over,
+    Over(Box<Migration>),
     /// It is new, or was taken over.
     Ours(Box<Owned>),
 }
@@ -48,10 +48,12 @@ impl Journal {
             return Ok(Opened::Ours(Box::new(Owned { record, revision, effects, before: None })));
         };
         if before.is_over() {
-            return Ok(Opened::Over);
+            return Ok(Opened::Over(Box::new(before)));
         }
         let taken = before.step(Event::TakenOver(us.clone()), now());
-        let Ok(Transition { next: record, effects }) = taken else { return Ok(Opened::Over) };
+        let Ok(Transition { next: record, effects }) = taken else {
+            return Ok(Opened::Over(Box::new(before)));
+        };
         let revision = self.table.update(&key, &record, revision).await?;
         Ok(Opened::Ours(Box::new(Owned { record, revision, effects, before: Some(before) })))
     }

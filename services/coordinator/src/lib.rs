@@ -19,13 +19,13 @@ use haulage_protocol::id::CoordinatorId;
 use haulage_protocol::secret::Token;
 use haulage_service::config::NatsConfig;
 use haulage_service::{chain, now, shutdown};
-use haulage_transport::Nats;
 use haulage_transport::queue::Delivery;
+use haulage_transport::{Nats, TableError};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::driver::Driver;
+use crate::driver::{Driver, End};
 use crate::journal::{Journal, Opened};
 use crate::lease::Leases;
 use crate::registry::Registry;
@@ -103,6 +103,11 @@ pub async fn run(args: Args) -> Result<(), Box<dyn Error + Send + Sync>> {
 }
 
 impl Coordinator {
+    /// So that they are swept, also when the coordinator that wrote the record died right after.
+    pub(crate) async fn remember_leftovers(&self, record: &Migration) -> Result<(), TableError> {
+        if record.leftovers.is_empty() { Ok(()) } else { self.sweeper.remember(record).await }
+    }
+
     async fn handle(self: Arc<Self>, delivery: Delivery, stop: CancellationToken) {
         let job = match delivery.job() {
             Ok(job) => job,
@@ -117,7 +122,7 @@ impl Coordinator {
         let id = job.id.clone();
         let fresh = Migration::accept(job, Token::generate(), self.id.clone(), now());
         let ended = match self.journal.open_record(&id, fresh, &self.id).await {
-            Ok(Opened::Over) => Ok(true),
+            Ok(Opened::Over(record)) => self.remember_leftovers(&record).await.map(|()| End::Over),
             Ok(Opened::Ours(owned)) => {
                 tracing::info!(migration = %id, epoch = %owned.record.epoch, phase = %owned.record.phase, "driving");
                 Driver::new(self.clone(), owned).run(&delivery, stop).await
@@ -125,9 +130,10 @@ impl Coordinator {
             Err(error) => Err(error),
         };
         let settled = match ended {
-            Ok(true) => delivery.done().await,
-            // Stopping, or another coordinator drives it: its own delivery keeps it on the queue.
-            Ok(false) => delivery.give_back().await,
+            Ok(End::Over) => delivery.done().await,
+            Ok(End::Stopped) => delivery.give_back().await,
+            // To give back what is no longer ours would have the queue deliver it to a third.
+            Ok(End::TakenOver) => return,
             Err(error) => {
                 tracing::warn!(migration = %id, error = %chain(&error), "the record cannot be used for now");
                 delivery.give_back().await

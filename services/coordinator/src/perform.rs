@@ -15,7 +15,7 @@ use haulage_protocol::page_shipper::{
 use haulage_protocol::restorer::{Adopt, Check, Create, Created, Restore, Undo, Verify};
 use haulage_protocol::rpc::{Command, Rpc, Service};
 use haulage_protocol::syncer::{
-    CloseFiles, FilesOpened, OpenFiles, PullImage, PushImage, SyncFiles, SyncRoot,
+    CloseFiles, FilesOpened, OpenFiles, PersistFiles, PullImage, PushImage, SyncFiles, SyncRoot,
 };
 use haulage_protocol::version::Version;
 
@@ -111,6 +111,9 @@ pub(crate) async fn perform(
             ask.target(Verify { container: ask.created()?.container.clone() }).await.map(Success::Verified)
         }
         Effect::ConfirmHold => ask.source(Confirm {}).await.map(|_| Success::Unit),
+        Effect::PersistFiles => {
+            ask.target(PersistFiles { roots: ask.created()?.roots.clone() }).await.map(|_| Success::Unit)
+        }
         Effect::CommitSource => {
             ask.source(Commit { container: ask.container()?.clone() }).await.map(|_| Success::Unit)
         }
@@ -135,6 +138,7 @@ impl Ask<'_> {
             migration: self.record.job.id.clone(),
             epoch: self.record.epoch,
             step: self.step,
+            floor: self.record.pending.keys().next().copied().unwrap_or(self.step),
             body,
         };
         self.coordinator.nats.call(host, &command, SILENCE).await
@@ -184,10 +188,9 @@ impl Ask<'_> {
     }
 
     async fn sync(&self, roots: Vec<SyncRoot>, frozen: bool) -> Result<Success, Fault> {
-        let forced = match &self.record.facts.frozen {
-            Some(frozen) => frozen.mapped_writable.clone(),
-            None => Vec::new(),
-        };
+        let later = self.record.facts.frozen.iter().flat_map(|frozen| &frozen.mapped_writable);
+        let mapped = self.inspected()?.mapped_writable.iter().chain(later);
+        let forced = mapped.collect::<std::collections::BTreeSet<_>>().into_iter().cloned().collect();
         let address = self.files()?.address.clone();
         let sync = SyncFiles { address, token: self.record.token.clone(), roots, frozen, forced };
         self.source(sync).await.map(Success::Synced)

@@ -53,7 +53,14 @@ async fn sweep_once(coordinator: &Coordinator) -> Result<(), TableError> {
     for (key, _) in coordinator.sweeper.table.list().await? {
         let id = key.parse::<MigrationId>().ok();
         let found = match &id {
-            Some(id) => coordinator.journal.read(id).await?,
+            Some(id) => match coordinator.journal.read(id).await {
+                // Of another release, say; the others are swept all the same.
+                Err(error @ TableError::Malformed { .. }) => {
+                    tracing::warn!(error = %chain(&error), "not swept");
+                    continue;
+                }
+                found => found?,
+            },
             None => None,
         };
         let Some((mut record, revision)) = found else {

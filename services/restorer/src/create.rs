@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use haulage_engine::armed::Armed;
 use haulage_engine::{ContainerSpec, CreateOptions, Docker, Engine, HAUL_RUNTIME, Stage, capture, compare};
 use haulage_protocol::fault::Fault;
 use haulage_protocol::id::MigrationId;
@@ -72,6 +73,7 @@ async fn make(
     let id = id.map_err(|error| failure::engine(&error))?;
     notes.container = Some(id.clone());
     notes.write(dir).map_err(fault(STATE))?;
+    bar(service, migration, &id)?;
     for (network, endpoint) in &request.connect {
         docker.connect_network(network, &id, endpoint).await.map_err(|error| failure::engine(&error))?;
     }
@@ -84,6 +86,14 @@ async fn make(
     std::fs::create_dir_all(&images).map_err(fault(STATE))?;
     let roots = roots(docker, &ours.spec, images).await?;
     Ok(Created { container: id.parse().map_err(fault(ENGINE))?, roots })
+}
+
+/// Until it is armed the container must not start: it would run empty beside the one that it is to become.
+fn bar(service: &Restorer, migration: &MigrationId, id: &str) -> Result<(), Fault> {
+    // A state that was consumed and never came to life is what the runtime refuses to start.
+    let nothing = Armed::new(migration.as_str(), "", "");
+    service.armed.arm(id, &nothing).map_err(fault(STATE))?;
+    service.armed.consume(id).map_err(fault(STATE))
 }
 
 /// The image's id, when its name means another image here, or none.

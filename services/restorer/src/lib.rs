@@ -11,7 +11,6 @@
 //! What is made is written down before it is made ([`notes`]), so that a restorer that was restarted still knows
 //! what to undo.
 
-mod announce;
 mod check;
 mod create;
 mod failure;

@@ -6,17 +6,19 @@ use std::time::{Duration, Instant};
 
 use haulage_engine::Engine;
 use haulage_engine::RunState;
-use haulage_engine::armed::{Armed, ArmedError, State};
+use haulage_engine::armed::{Armed, State};
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::MigrationId;
 use haulage_protocol::restorer::{Restore, Restored};
 use haulage_protocol::unit::Micros;
 use haulage_service::now;
+use haulage_sys::Pid;
+use haulage_sys::arp::announce_all;
 
 use crate::create::told;
 use crate::failure::{self, ENGINE, RESTORE, STATE, fault, joined};
 use crate::notes::Notes;
-use crate::{COMPLETE, IMAGES, Restorer, WORK, announce, join};
+use crate::{COMPLETE, IMAGES, Restorer, WORK, join};
 
 /// An engine that was asked to start a container comes to the runtime within this time.
 const ENGINE_COMES_WITHIN: Duration = Duration::from_secs(5);
@@ -35,7 +37,9 @@ pub(crate) async fn restore(
         return Err(Fault::new(code::OUT_OF_ORDER, "the container was not created here for this migration"));
     };
     let began = Instant::now();
-    if let Some(state) = began_before(&service, id).await? {
+    if notes.complete.is_some()
+        && let Some(state) = began_before(&service, id).await?
+    {
         announce_from(&notes, state.pid).await;
         return Ok(Restored { at: now(), merge: Micros(0), start: Micros::from_duration(began.elapsed()) });
     }
@@ -54,7 +58,9 @@ pub(crate) async fn restore(
     let at = now();
     let state = service.docker.inspect(id).await.map_err(|error| failure::engine(&error))?;
     let state = state.state().map_err(fault(ENGINE))?;
-    if !state.running || state.pid <= 0 {
+    // An engine that found it running, or a runtime that looked elsewhere for the armed state, has restored nothing.
+    let restored = service.armed.state(id).map_err(fault(STATE))? == State::Restored;
+    if !restored || !state.running || state.pid <= 0 {
         return Err(failed(&service, id, None));
     }
     announce_from(&notes, state.pid).await;
@@ -68,11 +74,8 @@ async fn began_before(service: &Restorer, id: &str) -> Result<Option<RunState>, 
     loop {
         match service.armed.state(id).map_err(fault(STATE))? {
             State::Absent => return Ok(None),
-            // Armed, and the engine was not asked to start it, or has not come to it yet.
-            State::Armed(_) if began.elapsed() >= ENGINE_COMES_WITHIN => {
-                service.armed.disarm(id).map_err(fault(STATE))?;
-                return Ok(None);
-            }
+            // Armed, and the engine was perhaps never asked to start it: asking twice is harmless.
+            State::Armed(_) if began.elapsed() >= ENGINE_COMES_WITHIN => return Ok(None),
             State::Restored => break,
             State::Consumed if service.armed.outcome(id).map_err(fault(STATE))?.is_some_and(|o| !o.ok) => {
                 return Err(failed(service, id, None));
@@ -86,12 +89,17 @@ async fn began_before(service: &Restorer, id: &str) -> Result<Option<RunState>, 
     if state.running && state.pid > 0 { Ok(Some(state)) } else { Err(failed(service, id, None)) }
 }
 
+/// Switches and neighbours still point at the old host.
 async fn announce_from(notes: &Notes, init: i32) {
-    let spec = notes.spec.clone();
-    let announced = tokio::task::spawn_blocking(move || announce::addresses(&spec, init));
+    let addresses = notes.spec.addresses();
+    let announced = tokio::task::spawn_blocking(move || {
+        let init = Pid::from_raw(init).ok_or_else(|| std::io::Error::other("no such process"))?;
+        announce_all(init, &addresses)
+    });
     // The container runs and answers; neighbours find it when they ask again.
     match announced.await {
-        Ok(Ok(())) => {}
+        Ok(Ok(absent)) if absent.is_empty() => {}
+        Ok(Ok(absent)) => tracing::warn!(init, ?absent, "no interface has these addresses to announce"),
         Ok(Err(error)) => tracing::warn!(init, %error, "its addresses were not announced"),
         Err(error) => tracing::warn!(init, %error, "its addresses were not announced"),
     }
@@ -112,13 +120,9 @@ fn prepare(
     std::fs::create_dir_all(&work).map_err(fault(STATE))?;
     join::join(&received, store, &complete)?;
     let armed = Armed::new(migration.as_str(), complete, work);
-    match service.armed.arm(id, &armed) {
-        Err(error @ ArmedError::Occupied { .. }) => {
-            Err(Fault::from_error(code::OUT_OF_ORDER, &error)
-                .remedy("the migration is undone: start it again"))
-        }
-        result => result.map_err(fault(STATE)),
-    }
+    // Until here it was barred from starting.
+    service.armed.disarm(id).map_err(fault(STATE))?;
+    service.armed.arm(id, &armed).map_err(fault(STATE))
 }
 
 /// What the runtime knows of the failure says more than the engine does.

@@ -3,10 +3,14 @@
 use haulage_engine::{EngineError, EngineErrorKind};
 use haulage_files::FilesError;
 use haulage_protocol::fault::{Fault, FaultCode, code};
-pub(crate) use haulage_service::failure::{ENGINE, fault};
+pub(crate) use haulage_service::failure::{ENGINE, fault, joined};
 use haulage_transport::bucket::BucketError;
 use haulage_transport::stream::StreamError;
 
+/// A file system is mounted inside a directory of the container on the host.
+pub(crate) const MOUNTED: FaultCode = FaultCode::known("mounted_inside");
+/// The files did not reach the disk.
+pub(crate) const NOT_PERSISTED: FaultCode = FaultCode::known("not_persisted");
 /// The image that came out of the bucket is not the one that went in.
 pub(crate) const IMAGE: FaultCode = FaultCode::known("image_failed");
 

@@ -14,7 +14,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use haulage_engine::Docker;
 use haulage_protocol::fault::Fault;
 use haulage_protocol::id::MigrationId;
-use haulage_protocol::syncer::{CloseFiles, FilesClosed, OpenFiles, PullImage, PushImage, SyncFiles};
+use haulage_protocol::syncer::{
+    CloseFiles, FilesClosed, OpenFiles, PersistFiles, PullImage, PushImage, SyncFiles,
+};
 use haulage_service::Shell;
 use haulage_service::config::HostConfig;
 use haulage_transport::bucket::Bucket;
@@ -55,6 +57,7 @@ pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>
     server.answer::<OpenFiles, _, _>(move |at, ask| target::open(s.clone(), at.migration, ask)).await?;
     let s = service.clone();
     server.answer::<SyncFiles, _, _>(move |at, ask| source::sync(s.clone(), at.migration, ask)).await?;
+    server.answer::<PersistFiles, _, _>(|_, ask| target::persist(ask)).await?;
     server.answer::<CloseFiles, _, _>(move |at, _| close(service.clone(), at.migration)).await?;
     Ok(())
 }

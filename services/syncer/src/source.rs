@@ -25,7 +25,7 @@ use haulage_transport::stream::{BulkConnection, FrameKind, Hello, SessionKey, St
 use tokio::sync::mpsc;
 
 use crate::Syncer;
-use crate::failure::{fault, files, no_answer, stream};
+use crate::failure::{MOUNTED, fault, files, no_answer, stream};
 
 /// The session's role on the bulk listener.
 pub(crate) const ROLE: &str = "files";
@@ -70,6 +70,10 @@ pub(crate) async fn sync(
             return Err(
                 Fault::new(code::INTERNAL, message).remedy("see what else writes to the container's files")
             );
+        }
+        if let Some(mount) = pass.mounts.first() {
+            let message = format!("something is mounted in {} at {mount:?}, which was not copied", root.root);
+            return Err(Fault::new(MOUNTED, message).remedy("unmount it, or keep the container where it is"));
         }
         let totals = pass.totals;
         synced.entries += u64::try_from(pass.base.entries()).unwrap_or(u64::MAX);

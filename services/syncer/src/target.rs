@@ -1,17 +1,19 @@
 //! The target role: what comes is written below the roots that were named, and nowhere else.
 
+use std::fs::File;
+use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
 
 use haulage_files::{Applier, RootId, Targets};
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::MigrationId;
-use haulage_protocol::syncer::{FilesOpened, OpenFiles, TargetRoot};
+use haulage_protocol::syncer::{FilesOpened, FilesPersisted, OpenFiles, PersistFiles, TargetRoot};
 use haulage_transport::stream::{BulkConnection, BulkSession, SessionKey};
 use tokio::task::JoinHandle;
 
 use crate::Syncer;
-use crate::failure::{fault, files, stream};
+use crate::failure::{NOT_PERSISTED, fault, files, joined, stream};
 use crate::source::{FAILED, FILES, REPORT, ROLE};
 
 /// A migration's files, where they arrive.
@@ -41,12 +43,10 @@ pub(crate) async fn open(
         earlier.end().await;
     }
     let targets = Targets::default();
-    for TargetRoot { root, path } in &ask.roots {
-        let id = RootId::new(root.clone()).map_err(|error| files(&error))?;
-        let path = Path::new(path);
-        // A log is a file among others of the engine's; the pass names those that it is about.
-        let dir = if root == "log" { path.parent() } else { Some(path) };
-        targets.add(id, dir.ok_or_else(|| Fault::new(code::MALFORMED, "a root has no directory"))?);
+    for root in &ask.roots {
+        let id = RootId::new(root.root.clone()).map_err(|error| files(&error))?;
+        let dir = directory(root).ok_or_else(|| Fault::new(code::MALFORMED, "a root has no directory"))?;
+        targets.add(id, dir);
     }
     let token = ask.token.reveal().parse().map_err(fault(code::MALFORMED))?;
     let session = service.listener.open(SessionKey::new(migration.as_str(), ROLE), token);
@@ -55,6 +55,29 @@ pub(crate) async fn open(
     let task = tokio::spawn(receive(session, targets, migration.clone()));
     service.targets.lock().unwrap_or_else(PoisonError::into_inner).insert(migration, Session { task });
     Ok(FilesOpened { address })
+}
+
+/// Waits until the file systems of the roots have everything on disk. What is no root any more, such as the images
+/// of a container that was adopted, needs no disk.
+pub(crate) async fn persist(ask: PersistFiles) -> Result<FilesPersisted, Fault> {
+    let work = move || {
+        for root in &ask.roots {
+            let Some(dir) = directory(root) else { continue };
+            match File::open(dir) {
+                Ok(dir) => rustix::fs::syncfs(dir).map_err(|errno| fault(NOT_PERSISTED)(errno))?,
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(fault(NOT_PERSISTED)(error)),
+            }
+        }
+        Ok(FilesPersisted {})
+    };
+    joined(tokio::task::spawn_blocking(work).await)
+}
+
+/// A log is a file among others of the engine's; every other root is a directory.
+fn directory(TargetRoot { root, path }: &TargetRoot) -> Option<&Path> {
+    let path = Path::new(path);
+    if root == "log" { path.parent() } else { Some(path) }
 }
 
 /// Takes one source in, until it ends or fails.

@@ -19,7 +19,6 @@ const LOG_DRIVERS: &[&str] = &[
     "",
     "none",
     "json-file",
-    "local",
     "journald",
     "syslog",
     "gelf",

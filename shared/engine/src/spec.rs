@@ -218,6 +218,11 @@ impl ContainerSpec {
         self.host_text("NetworkMode").unwrap_or("default")
     }
 
+    /// The Ethernet and IPv4 addresses that it keeps, of every network that has both.
+    pub fn addresses(&self) -> Vec<(String, Ipv4Addr)> {
+        self.networks.iter().filter_map(|network| Some((network.mac.clone()?, network.ipv4?))).collect()
+    }
+
     /// Its log driver.
     pub fn log_driver(&self) -> &str {
         let kind = self.host_config.get("LogConfig").and_then(|log| log.get("Type"));

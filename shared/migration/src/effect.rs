@@ -56,6 +56,8 @@ pub enum Effect {
     ConfirmHold,
     /// Is the lease still ours?
     ConfirmLease,
+    /// Target: the files are on disk.
+    PersistFiles,
     /// Source: kill and remove.
     CommitSource,
     /// Target: keep.
@@ -81,6 +83,9 @@ pub enum Effect {
 pub enum Persistence {
     /// Tell the machine, which undoes the migration. A host that does not answer is asked a few times.
     Report,
+    /// Ask until it is known what happened, and tell the machine only that: the container may run and have answered
+    /// clients, so it is undone only for what is certain, not for an answer that did not come.
+    FindOut,
     /// Try again until it succeeds: there is no other way on.
     Insist,
     /// Try a few times, then tell the machine, which notes what is left behind and goes on.
@@ -108,7 +113,8 @@ impl Effect {
             | Self::ConfirmHold
             | Self::ConfirmLease => None,
             // After the decision, and undo itself.
-            Self::CommitSource
+            Self::PersistFiles
+            | Self::CommitSource
             | Self::Adopt
             | Self::UndoTarget
             | Self::RollBackSource
@@ -125,7 +131,10 @@ impl Effect {
     pub fn persistence(self, phase: crate::Phase) -> Persistence {
         use crate::Phase;
         match phase {
-            Phase::Commit | Phase::Fence | Phase::Resume | Phase::Release => Persistence::Insist,
+            Phase::Commit | Phase::Retire | Phase::Fence | Phase::Resume | Phase::Release => {
+                Persistence::Insist
+            }
+            Phase::Restore | Phase::Verify => Persistence::FindOut,
             Phase::Clean => Persistence::Attempt,
             _ => Persistence::Report,
         }
@@ -156,6 +165,7 @@ impl fmt::Display for Effect {
             Self::Verify => "verify",
             Self::ConfirmHold => "confirm hold",
             Self::ConfirmLease => "confirm lease",
+            Self::PersistFiles => "write files to disk",
             Self::CommitSource => "remove source",
             Self::Adopt => "adopt",
             Self::UndoTarget => "undo target",

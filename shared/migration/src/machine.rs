@@ -4,7 +4,8 @@
 //! - the container runs in at most one place: the target is asked to restore only while the source is frozen and
 //!   held, and the source is thawed only when the target has confirmed that it does not run there, if a restore
 //!   was ever asked for;
-//! - the source is ended only in a record whose phase is [`Phase::Commit`], which is entered only from `Verify`;
+//! - the source is ended only after the commit, that is a record whose phase is [`Phase::Commit`], which is entered
+//!   only from `Verify`, and only when the target's files are on its disk;
 //! - every effect that was *asked for* is undone, whether or not its answer came.
 //!
 //! An effect is asked for when it is in the record that was written, so performing it may come after a restart.
@@ -110,7 +111,7 @@ impl Migration {
                 }
             },
             Event::Cancelled => {
-                if !next.phase.is_revocable() {
+                if !next.phase.is_cancellable() {
                     return Err(IllegalEvent::NotCancellable(next.phase));
                 }
                 next.fault.get_or_insert_with(|| Fault::new(code::CANCELLED, "cancelled by an operator"));
@@ -176,6 +177,7 @@ impl Migration {
                 Effect::AcquireLease
                 | Effect::ConfirmHold
                 | Effect::ConfirmLease
+                | Effect::PersistFiles
                 | Effect::CommitSource
                 | Effect::Adopt
                 | Effect::UndoTarget
@@ -236,7 +238,8 @@ impl Migration {
             Phase::Restore => Enter(Phase::Verify),
             Phase::Verify => Enter(Phase::Commit),
             Phase::Fence => Enter(Phase::Resume),
-            Phase::Commit | Phase::Resume => Enter(Phase::Clean),
+            Phase::Commit => Enter(Phase::Retire),
+            Phase::Retire | Phase::Resume => Enter(Phase::Clean),
             Phase::Clean => Enter(Phase::Release),
             Phase::Release | Phase::Done => Enter(Phase::Done),
         }
@@ -287,7 +290,8 @@ impl Migration {
             Phase::Ship => vec![Effect::ShipImages, Effect::ConfirmHold, Effect::ConfirmLease],
             Phase::Restore => vec![Effect::Restore],
             Phase::Verify => vec![Effect::Verify],
-            Phase::Commit => vec![Effect::CommitSource, Effect::Adopt],
+            Phase::Commit => vec![Effect::PersistFiles, Effect::Adopt],
+            Phase::Retire => vec![Effect::CommitSource],
             Phase::Fence if self.attempted.contains(&Effect::Restore) => vec![Effect::UndoTarget],
             Phase::Resume if self.must_undo(Effect::RollBackSource) => vec![Effect::RollBackSource],
             Phase::Fence | Phase::Resume => Vec::new(),

@@ -8,9 +8,9 @@ use serde::{Deserialize, Serialize};
 ///
 /// ```text
 /// Locate -> Inspect -> Check -> Reserve -> Image -> Create -> Open -> Files -> Track -> PreCopy
-///   -> Freeze -> Switch -> Ship -> Restore -> Verify -> Commit -> Clean -> Release -> Done
+///   -> Freeze -> Switch -> Ship -> Restore -> Verify -> Commit -> Retire -> Clean -> Release -> Done
 ///
-/// any of Locate..Verify, on a fault or a cancellation:
+/// any of Locate..Verify, on a fault, any of Locate..Ship, on a cancellation:
 ///   [-> Fence, if a restore was asked for] [-> Resume, if a freeze was] -> Clean -> Release -> Done
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -46,8 +46,10 @@ pub enum Phase {
     Restore,
     /// Is it alive there?
     Verify,
-    /// Decided: the record in this phase *is* the commit. The source ends, the target keeps the container.
+    /// Decided: the record in this phase *is* the commit. The target keeps the container and writes it to disk.
     Commit,
+    /// The source ends.
+    Retire,
     /// Undo: make sure that the container does not run on the target. Nothing else may happen before.
     Fence,
     /// Undo: let the source go on.
@@ -81,6 +83,7 @@ impl Phase {
             Self::Restore => "restore",
             Self::Verify => "verify",
             Self::Commit => "commit",
+            Self::Retire => "retire",
             Self::Fence => "fence",
             Self::Resume => "resume",
             Self::Clean => "clean",
@@ -89,7 +92,14 @@ impl Phase {
         }
     }
 
-    /// Before the decision: a fault leads to undo, and an operator may cancel.
+    /// Before the target is asked to run: an operator may cancel. Afterwards it may have answered clients, and undoing
+    /// it would lose what they were told.
+    #[must_use]
+    pub fn is_cancellable(self) -> bool {
+        self < Self::Restore
+    }
+
+    /// Before the decision: a fault leads to undo.
     #[must_use]
     pub fn is_revocable(self) -> bool {
         self <= Self::Verify

@@ -43,6 +43,7 @@ struct World {
     leased: bool,
     done: BTreeSet<Step>,
     image_present: bool,
+    persisted: bool,
     tracker: &'static str,
 }
 
@@ -77,10 +78,12 @@ impl World {
                 return Err(Fault::new(code::HOLD_LOST, "not held"));
             }
             Effect::CommitSource => {
-                assert_eq!(record.phase, Phase::Commit, "the source ended without a recorded commit");
-                assert!(matches!(self.target, Target::Running | Target::Adopted), "ended, with no target");
+                assert_eq!(record.phase, Phase::Retire, "the source ended without a recorded commit");
+                assert_eq!(self.target, Target::Adopted, "ended, with no target");
+                assert!(self.persisted, "ended before the target's files were on disk");
                 self.source = Source::Gone;
             }
+            Effect::PersistFiles => self.persisted = true,
             Effect::Adopt => self.target = Target::Adopted,
             Effect::UndoTarget => {
                 assert_ne!(self.target, Target::Adopted);
@@ -126,6 +129,7 @@ impl World {
                 processes: 1,
                 memory: Bytes(0),
                 roots: Vec::new(),
+                mapped_writable: Vec::new(),
             })),
             Effect::Check => Success::Checked(Checked { image_present: self.image_present }),
             Effect::PushImage => {
@@ -205,6 +209,7 @@ fn drive(chaos: Chaos, image_present: bool, tracker: &'static str, rng: &mut Tes
         leased: false,
         done: BTreeSet::new(),
         image_present,
+        persisted: false,
         tracker,
     };
     let mut clock = 0;
@@ -236,7 +241,9 @@ fn drive(chaos: Chaos, image_present: bool, tracker: &'static str, rng: &mut Tes
             }
             // Parallel effects are answered in any order.
             let (step, effect) = todo.remove(rng.random_range(0..todo.len()));
-            let may_fail = effect.persistence(record.phase) != Persistence::Insist;
+            let persistence = effect.persistence(record.phase);
+            let may_fail = persistence != Persistence::Insist;
+            let may_be_lost = may_fail && persistence != Persistence::FindOut;
             if roll(rng, chaos.fail) {
                 if may_fail {
                     Event::Failed(step, Fault::new(code::INTERNAL, "chaos: refused"))
@@ -251,7 +258,7 @@ fn drive(chaos: Chaos, image_present: bool, tracker: &'static str, rng: &mut Tes
                 }
                 match result {
                     Ok(_) if roll(rng, chaos.lose) => {
-                        if may_fail {
+                        if may_be_lost {
                             Event::Failed(step, Fault::new(code::UNREACHABLE, "chaos: answer lost"))
                         } else {
                             todo.push((step, effect));
@@ -279,7 +286,7 @@ fn drive(chaos: Chaos, image_present: bool, tracker: &'static str, rng: &mut Tes
                     assert!(twice.effects.is_empty());
                 }
             }
-            Err(_) => assert!(!record.phase.is_revocable(), "refused in {}", record.phase),
+            Err(_) => assert!(!record.phase.is_cancellable(), "refused in {}", record.phase),
         }
     }
     unreachable!()
@@ -333,7 +340,7 @@ fn every_single_failure_is_undone() {
     assert_eq!(good.outcome, Some(Outcome::Committed));
     check_end(&good, &world);
     assert!(good.leftovers.is_empty());
-    let forward: Vec<Effect> = good.attempted.iter().copied().filter(|e| *e < Effect::CommitSource).collect();
+    let forward: Vec<Effect> = good.attempted.iter().copied().filter(|e| *e < Effect::PersistFiles).collect();
     assert!(forward.len() > 20, "{forward:?}");
     for victim in forward {
         for lost in [false, true] {
@@ -354,6 +361,7 @@ fn drive_with_victim(victim: Effect, lost: bool) -> (Migration, World) {
         leased: false,
         done: BTreeSet::new(),
         image_present: false,
+        persisted: false,
         tracker: "write_protect",
     };
     let Transition { mut next, effects: mut todo } =

@@ -124,6 +124,19 @@ fn lists_below(file: &Path) -> Result<Vec<PathBuf>, ListError> {
 /// # Errors
 /// When `/proc` cannot be read or understood.
 pub fn all_traced(processes: &[Process]) -> Result<bool, ListError> {
+    Ok(threads_traced(processes)?.into_iter().all(|traced| traced))
+}
+
+/// Whether any thread of these processes is under the trace of somebody.
+///
+/// # Errors
+/// As [`all_traced`].
+pub fn any_traced(processes: &[Process]) -> Result<bool, ListError> {
+    Ok(threads_traced(processes)?.into_iter().any(|traced| traced))
+}
+
+fn threads_traced(processes: &[Process]) -> Result<Vec<bool>, ListError> {
+    let mut found = Vec::new();
     for process in processes {
         let tasks = PathBuf::from(format!("/proc/{}/task", process.pid));
         let threads = match fs::read_dir(&tasks) {
@@ -136,14 +149,11 @@ pub fn all_traced(processes: &[Process]) -> Result<bool, ListError> {
             let path = thread.path().join("status");
             let Ok(status) = fs::read_to_string(&path) else { continue };
             let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:"));
-            match tracer.map(str::trim) {
-                None => return Err(ListError::Format { path }),
-                Some("0") => return Ok(false),
-                Some(_) => {}
-            }
+            let tracer = tracer.ok_or(ListError::Format { path })?;
+            found.push(tracer.trim() != "0");
         }
     }
-    Ok(true)
+    Ok(found)
 }
 
 /// What is known of `pid`; `None` when it has ended.

@@ -63,6 +63,9 @@ pub struct Inspected {
     pub memory: Bytes,
     /// The directories that the files service carries over.
     pub roots: Vec<SourceRoot>,
+    /// Files that some process maps shared and writable, as [`Frozen::mapped_writable`]: one that is unmapped before
+    /// the freeze may have been written to after the live pass without a trace all the same.
+    pub mapped_writable: Vec<MappedFile>,
 }
 
 /// A directory or file of the container on the source host.

@@ -63,6 +63,8 @@ pub mod code {
     pub const FOREIGN_VERSION: FaultCode = FaultCode::known("foreign_version");
     /// The command comes from a coordinator that no longer owns the migration.
     pub const STALE_EPOCH: FaultCode = FaultCode::known("stale_epoch");
+    /// The command was given up on before it arrived.
+    pub const SUPERSEDED: FaultCode = FaultCode::known("superseded");
     /// An operator cancelled the migration.
     pub const CANCELLED: FaultCode = FaultCode::known("cancelled");
     /// The migration is over, or past the point where it can be cancelled.

@@ -72,6 +72,9 @@ pub struct Command<R> {
     pub epoch: Epoch,
     /// The number of the command: asked again, the service answers with what already happened.
     pub step: Step,
+    /// The lowest step that the owner still waits for. What it has given up on must not begin any more: a service
+    /// refuses a step below this that it has not seen, such as a freeze that a roll-back has overtaken.
+    pub floor: Step,
     /// What is asked.
     pub body: R,
 }
@@ -141,6 +144,7 @@ mod tests {
             migration: MigrationId::generate(),
             epoch: Epoch(1),
             step: Step(7),
+            floor: Step(7),
             body: Confirm {},
         }
     }

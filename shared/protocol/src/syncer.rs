@@ -109,6 +109,17 @@ pub struct FilesSynced {
     pub took: Micros,
 }
 
+/// Target role: waits until everything below these roots is on disk. After the commit, before the source is removed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PersistFiles {
+    /// The roots, as they were opened.
+    pub roots: Vec<TargetRoot>,
+}
+
+/// The answer to [`PersistFiles`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FilesPersisted {}
+
 /// Either role: ends the session and forgets its snapshots. Harmless when there is none.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CloseFiles {}
@@ -121,4 +132,5 @@ rpc!(PushImage, Syncer, "push-image", ImagePushed);
 rpc!(PullImage, Syncer, "pull-image", ImagePulled);
 rpc!(OpenFiles, Syncer, "open", FilesOpened);
 rpc!(SyncFiles, Syncer, "sync", FilesSynced);
+rpc!(PersistFiles, Syncer, "persist", FilesPersisted);
 rpc!(CloseFiles, Syncer, "close", FilesClosed);

@@ -11,6 +11,12 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct MacAddr(pub [u8; 6]);
 
+impl std::fmt::Display for MacAddr {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0.map(|byte| format!("{byte:02x}")).join(":"))
+    }
+}
+
 /// A network interface, as the kernel numbers it in one network namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Interface {
@@ -91,6 +97,29 @@ pub fn announce(interface: Interface, address: Ipv4Addr) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Announces, in the network namespace of process `pid`, each address on the interface that has the Ethernet address
+/// (`aa:bb:cc:dd:ee:ff`) given with it; returns those for which there is no interface.
+///
+/// # Errors
+/// When the namespace cannot be entered or an interface does not send. Some may have been announced.
+pub fn announce_all(pid: crate::Pid, addresses: &[(String, Ipv4Addr)]) -> io::Result<Vec<Ipv4Addr>> {
+    crate::netns::NetworkNamespace::of(pid)?.run(|| {
+        // By `/proc`, which follows the thread's namespace as `/sys` does not.
+        let table = std::fs::read_to_string("/proc/thread-self/net/dev")?;
+        let names =
+            table.lines().skip(2).filter_map(|line| line.split_once(':')).map(|(name, _)| name.trim());
+        let interfaces = names.filter(|name| *name != "lo").map(interface).collect::<io::Result<Vec<_>>>()?;
+        let mut absent = Vec::new();
+        for (mac, address) in addresses {
+            match interfaces.iter().find(|found| found.mac.to_string().eq_ignore_ascii_case(mac)) {
+                Some(found) => announce(*found, *address)?,
+                None => absent.push(*address),
+            }
+        }
+        Ok(absent)
+    })?
 }
 
 /// An ARP packet in which sender and target are the announced address.

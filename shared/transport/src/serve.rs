@@ -1,7 +1,8 @@
 //! Typed commands to the services of hosts: the answering side.
 //!
 //! ```text
-//! command -> decoded? -> not from an earlier epoch? -> new step: handler runs (one at a time per migration)
+//! command -> decoded? -> not from an earlier epoch, nor given up on?
+//!         -> new step: handler runs (one at a time per migration, in the order of arrival)
 //!                                                   -> known step: joins the one under way, or its result
 //!         -> result within PENDING_AFTER: Done | Failed      otherwise: Pending, and the asker asks again
 //! ```
@@ -36,6 +37,8 @@ pub struct Context {
     pub epoch: Epoch,
     /// The command's number.
     pub step: Step,
+    /// The lowest number that the owner still waits for.
+    pub floor: Step,
 }
 
 /// Answers the commands to one service of one host. Dropping it stops answering; see [`CommandServer::stop`].
@@ -126,19 +129,23 @@ where
             return encode::<R>(Answer::Failed { fault });
         }
     };
-    let context = Context { migration: command.migration, epoch: command.epoch, step: command.step };
+    let Command { migration, epoch, step, floor, body, .. } = command;
+    let context = Context { migration, epoch, step, floor };
     let mut result = match ledger.enter(&context) {
         Err(fault) => return encode::<R>(Answer::Failed { fault }),
         Ok(Entered::Known(result)) => result,
-        Ok(Entered::New { publish, turn }) => {
+        Ok(Entered::New { publish, before }) => {
             let result = publish.subscribe();
             let ledger = ledger.clone();
             let work = async move {
-                // One command of a migration at a time: an undo never races with what it undoes.
-                let _turn = turn.lock().await;
+                // One command of a migration at a time: an undo never races with what it undoes. One that ended
+                // without a result, by a panic, has ended all the same.
+                if let Some(mut before) = before {
+                    let _ended = before.wait_for(Option::is_some).await;
+                }
                 tracing::debug!(migration = %context.migration, step = %context.step, verb = R::VERB, "begins");
                 let began = Instant::now();
-                let outcome = handler(context.clone(), command.body).await;
+                let outcome = handler(context.clone(), body).await;
                 let took_ms = began.elapsed().as_millis();
                 let answer = match outcome {
                     Ok(value) => {
@@ -183,7 +190,7 @@ type Published = watch::Receiver<Option<Bytes>>;
 
 enum Entered {
     Known(Published),
-    New { publish: watch::Sender<Option<Bytes>>, turn: Arc<tokio::sync::Mutex<()>> },
+    New { publish: watch::Sender<Option<Bytes>>, before: Option<Published> },
 }
 
 /// What was asked before, per migration.
@@ -192,8 +199,10 @@ struct Ledger(Mutex<HashMap<MigrationId, Page>>);
 
 struct Page {
     epoch: Epoch,
+    floor: Step,
     used: Instant,
-    turn: Arc<tokio::sync::Mutex<()>>,
+    /// The command that arrived last: the next one waits for its end.
+    last: Option<Published>,
     steps: HashMap<Step, Published>,
 }
 
@@ -203,8 +212,9 @@ impl Ledger {
         pages.retain(|id, page| *id == context.migration || page.used.elapsed() < FORGET_AFTER);
         let page = pages.entry(context.migration.clone()).or_insert_with(|| Page {
             epoch: context.epoch,
+            floor: context.floor,
             used: Instant::now(),
-            turn: Arc::default(),
+            last: None,
             steps: HashMap::new(),
         });
         if context.epoch < page.epoch {
@@ -213,6 +223,7 @@ impl Ledger {
             return Err(Fault::new(code::STALE_EPOCH, message));
         }
         page.epoch = context.epoch;
+        page.floor = page.floor.max(context.floor);
         page.used = Instant::now();
         // A handler that ended without a result (it panicked) has closed its channel: run it again.
         let known =
@@ -220,9 +231,15 @@ impl Ledger {
         if let Some(known) = known {
             return Ok(Entered::Known(known.clone()));
         }
+        if context.step < page.floor {
+            let message =
+                format!("step {} was given up on, step {} has been heard", context.step, page.floor);
+            return Err(Fault::new(code::SUPERSEDED, message));
+        }
         let (publish, result) = watch::channel(None);
-        page.steps.insert(context.step, result);
-        Ok(Entered::New { publish, turn: page.turn.clone() })
+        page.steps.insert(context.step, result.clone());
+        let before = page.last.replace(result);
+        Ok(Entered::New { publish, before })
     }
 
     fn forget_step(&self, context: &Context) {
@@ -242,7 +259,31 @@ mod tests {
     use super::*;
 
     fn context(epoch: u64, step: u64) -> Context {
-        Context { migration: "m".parse().unwrap(), epoch: Epoch(epoch), step: Step(step) }
+        Context { migration: "m".parse().unwrap(), epoch: Epoch(epoch), step: Step(step), floor: Step(0) }
+    }
+
+    #[test]
+    fn what_was_given_up_on_does_not_begin_any_more() {
+        let ledger = Ledger::default();
+        let undo = Context { floor: Step(9), ..context(1, 9) };
+        assert!(matches!(ledger.enter(&undo), Ok(Entered::New { .. })));
+        // The freeze that it undoes was held up on the way and arrives now.
+        assert_eq!(ledger.enter(&context(1, 5)).err().unwrap().code, code::SUPERSEDED);
+        assert!(matches!(ledger.enter(&context(1, 10)), Ok(Entered::New { .. })));
+    }
+
+    #[test]
+    fn commands_wait_for_those_that_arrived_before_them() {
+        let ledger = Ledger::default();
+        let Ok(Entered::New { publish, before: None }) = ledger.enter(&context(1, 1)) else {
+            panic!("not first")
+        };
+        let Ok(Entered::New { before: Some(before), .. }) = ledger.enter(&context(1, 2)) else {
+            panic!("no turn")
+        };
+        assert!(before.borrow().is_none() && !is_closed(&before));
+        publish.send_replace(Some(Bytes::new()));
+        assert!(before.borrow().is_some());
     }
 
     #[test]

@@ -73,8 +73,8 @@ fn host() -> HostId {
 }
 
 fn command<R>(epoch: u64, step: u64, body: R) -> Command<R> {
-    let migration = "m1".parse().unwrap();
-    Command { version: Version::CURRENT, migration, epoch: Epoch(epoch), step: Step(step), body }
+    let (migration, step) = ("m1".parse().unwrap(), Step(step));
+    Command { version: Version::CURRENT, migration, epoch: Epoch(epoch), step, floor: step, body }
 }
 
 const SILENCE: Duration = Duration::from_millis(300);
