@@ -147,6 +147,27 @@ fn a_cancelled_migration_is_rolled_back() -> Result<()> {
 }
 
 #[test]
+fn nobody_can_start_the_container_on_the_target_before_it_has_arrived() -> Result<()> {
+    system(&Fleet::builder(), |fleet| {
+        let redis = Redis::start(fleet, 0, "web", 0, &[])?;
+        Client::connect(redis.server())?.fill(128)?;
+        let mut events = fleet.nats()?.subscribe("haul.v1.event.>")?;
+        let migration = fleet.start_migration("web", 0, 1)?;
+        events.wait_for_phase("open", PATIENCE)?;
+        let started = fleet.host(1).docker(&["start", "web"]);
+        ensure!(
+            started.is_err(),
+            "an empty container was started beside the one that is coming: {started:?}"
+        );
+        let moved = migration.wait(DISTURBED)?;
+        redis.carries_on().with_context(|| format!("after {}", moved.result))?;
+        only_on(fleet, "web", usize::from(moved.outcome == "committed"))?;
+        fleet.hosts().iter().try_for_each(nothing_left_on)?;
+        redis.finish().map(drop)
+    })
+}
+
+#[test]
 fn strangers_and_damage_are_refused_and_harm_nothing() -> Result<()> {
     system(&Fleet::builder().hosts(3).without_images(2), |fleet| {
         let redis = Redis::start(fleet, 0, "web", 0, &[])?;
