@@ -119,6 +119,11 @@ pub(crate) struct Watch {
 pub(crate) struct Cancel {
     /// The migration's id.
     pub(crate) id: MigrationId,
+    /// Let the source go on without the target's word, although the target was asked to restore. Only when you know
+    /// that the container does not run there and the host is off or cut off for good: otherwise it runs twice. What
+    /// the host has of it is removed when its services are back.
+    #[arg(long)]
+    pub(crate) target_is_dead: bool,
 }
 
 #[cfg(test)]

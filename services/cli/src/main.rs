@@ -38,7 +38,7 @@ async fn run(args: Args) -> Result<(), Failure> {
         Verb::Show(wanted) => show::run(&nats, wanted).await,
         Verb::Watch(wanted) => watch::run(&nats, wanted).await,
         Verb::Cancel(wanted) => {
-            nats.cancel(&wanted.id).await?;
+            nats.cancel(&wanted.id, wanted.target_is_dead).await?;
             output::line(&format!("migration {} will be rolled back", wanted.id))
         }
         Verb::Hosts(wanted) => hosts::run(&nats, wanted).await,

@@ -91,6 +91,7 @@ impl Driver {
                 Some(request) = cancellations.next() => self.cancel(request).await,
                 Some(ended) = self.running.join_next() => match ended {
                     Ok(ended) => self.ended(ended).await,
+                    Err(error) if error.is_cancelled() => continue,
                     Err(error) => {
                         // Performing panicked: a defect. The record stands; a takeover would meet it again.
                         tracing::error!(migration = %self.record.job.id, %error, "an effect was lost");
@@ -134,13 +135,21 @@ impl Driver {
     }
 
     async fn cancel(&mut self, request: CancelRequest) -> Result<(), Lost> {
-        if let Err(fault) = &request.valid {
-            let fault = fault.clone();
-            request.answer(CancelAnswer::Refused { fault }).await;
-            return Ok(());
-        }
-        match self.record.step(Event::Cancelled, now()) {
+        let event = match &request.cancel {
+            Ok(cancel) if cancel.target_is_dead => Event::TargetIsDead,
+            Ok(_) => Event::Cancelled,
+            Err(fault) => {
+                let fault = fault.clone();
+                request.answer(CancelAnswer::Refused { fault }).await;
+                return Ok(());
+            }
+        };
+        match self.record.step(event, now()) {
             Ok(transition) => {
+                if !self.record.pending.keys().any(|step| transition.next.pending.contains_key(step)) {
+                    // What is no longer waited for must not be asked again.
+                    self.running.abort_all();
+                }
                 let adopted = self.adopt(transition.next, transition.effects).await;
                 if adopted.is_ok() {
                     request.answer(CancelAnswer::Accepted).await;
@@ -148,7 +157,8 @@ impl Driver {
                 adopted
             }
             Err(illegal) => {
-                let fault = Fault::new(code::NOT_CANCELLABLE, illegal.to_string());
+                let fault = Fault::new(code::NOT_CANCELLABLE, illegal.to_string())
+                    .remedy("see `haul show`; if the target host is dead for good, `haul cancel --help`");
                 request.answer(CancelAnswer::Refused { fault }).await;
                 Ok(())
             }

@@ -33,6 +33,8 @@ pub enum Event {
     Failed(Step, Fault),
     /// An operator wants it undone.
     Cancelled,
+    /// An operator vouches that the container does not run on the target and will not: undo without its word.
+    TargetIsDead,
     /// Another coordinator takes over: every pending effect is to be performed again under its number.
     TakenOver(CoordinatorId),
 }
@@ -117,6 +119,12 @@ impl Migration {
                 next.fault.get_or_insert_with(|| Fault::new(code::CANCELLED, "cancelled by an operator"));
                 next.advance(now)
             }
+            Event::TargetIsDead => {
+                if !next.phase.is_revocable() && next.phase != Phase::Fence {
+                    return Err(IllegalEvent::NotCancellable(next.phase));
+                }
+                next.give_up_target(now)
+            }
             Event::TakenOver(owner) => {
                 next.epoch = Epoch(next.epoch.0.saturating_add(1));
                 next.owner = owner;
@@ -124,6 +132,22 @@ impl Migration {
             }
         };
         Ok(Transition { next, effects })
+    }
+
+    /// What the target would have been asked is swept when it is back; what it was asked is waited for no longer.
+    /// Parallel effects on the source are: an undo must not race with them.
+    fn give_up_target(&mut self, now: Micros) -> Vec<(Step, Effect)> {
+        let message = "the target host was declared dead by an operator";
+        let fault = Fault::new(code::TARGET_DEAD, message);
+        self.fault.get_or_insert(fault.clone());
+        let unasked = self.attempted.insert(Effect::UndoTarget);
+        if self.must_undo(Effect::UndoTarget) && (unasked || self.phase == Phase::Fence) {
+            self.leftovers.push(Leftover { effect: Effect::UndoTarget, fault });
+        }
+        if self.phase >= Phase::Restore {
+            self.pending.clear();
+        }
+        self.advance(now)
     }
 
     fn answered(&mut self, step: Step, now: Micros) -> Option<Effect> {
@@ -292,7 +316,12 @@ impl Migration {
             Phase::Verify => vec![Effect::Verify],
             Phase::Commit => vec![Effect::PersistFiles, Effect::Adopt],
             Phase::Retire => vec![Effect::CommitSource],
-            Phase::Fence if self.attempted.contains(&Effect::Restore) => vec![Effect::UndoTarget],
+            Phase::Fence
+                if self.attempted.contains(&Effect::Restore)
+                    && !self.attempted.contains(&Effect::UndoTarget) =>
+            {
+                vec![Effect::UndoTarget]
+            }
             Phase::Resume if self.must_undo(Effect::RollBackSource) => vec![Effect::RollBackSource],
             Phase::Fence | Phase::Resume => Vec::new(),
             Phase::Clean => self.cleaning(),

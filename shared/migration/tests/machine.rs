@@ -187,6 +187,7 @@ struct Chaos {
     repeat: u32,
     cancel: u32,
     hold: u32,
+    bury: u32,
 }
 
 fn job() -> Job {
@@ -234,6 +235,10 @@ fn drive(chaos: Chaos, image_present: bool, tracker: &'static str, rng: &mut Tes
             Event::TakenOver(CoordinatorId::generate())
         } else if roll(rng, chaos.cancel) {
             Event::Cancelled
+        } else if roll(rng, chaos.bury) && (record.phase.is_revocable() || record.phase == Phase::Fence) {
+            // The operator is right: the host is off, and what is made there later is made by a restorer that is back.
+            world.target = Target::Absent;
+            Event::TargetIsDead
         } else {
             if world.source == Source::Held && roll(rng, chaos.hold) {
                 // The checkpointer died: the container is frozen still, but its dump is worthless.
@@ -278,6 +283,7 @@ fn drive(chaos: Chaos, image_present: bool, tracker: &'static str, rng: &mut Tes
                 if taken_over {
                     todo = transition.effects;
                 } else {
+                    todo.retain(|(step, _)| transition.next.pending.contains_key(step));
                     todo.extend(transition.effects);
                 }
                 if let Some(event @ (Event::Done(..) | Event::Failed(..))) = repeated {
@@ -321,11 +327,11 @@ proptest! {
 
     #[test]
     fn one_running_copy_and_no_leftovers_whatever_happens(
-        fail in 0u32..25, lose in 0u32..25, crash in 0u32..20, repeat in 0u32..30, cancel in 0u32..4, hold in 0u32..5,
+        fail in 0u32..25, lose in 0u32..25, crash in 0u32..20, repeat in 0u32..30, cancel in 0u32..4, hold in 0u32..5, bury in 0u32..3,
         image_present: bool, tracked: bool, seed: [u8; 32],
     ) {
         let mut rng = TestRng::from_seed(proptest::test_runner::RngAlgorithm::ChaCha, &seed);
-        let chaos = Chaos { fail, lose, crash, repeat, cancel, hold };
+        let chaos = Chaos { fail, lose, crash, repeat, cancel, hold, bury };
         let (record, world) = drive(chaos, image_present, if tracked { "write_protect" } else { "none" }, &mut rng);
         check_end(&record, &world);
     }
@@ -334,7 +340,7 @@ proptest! {
 /// Fails or loses exactly one effect, each in turn: the path of every undo, one by one.
 #[test]
 fn every_single_failure_is_undone() {
-    let calm = Chaos { fail: 0, lose: 0, crash: 0, repeat: 0, cancel: 0, hold: 0 };
+    let calm = Chaos { fail: 0, lose: 0, crash: 0, repeat: 0, cancel: 0, hold: 0, bury: 0 };
     let mut rng = TestRng::deterministic_rng(proptest::test_runner::RngAlgorithm::ChaCha);
     let (good, world) = drive(calm, false, "write_protect", &mut rng);
     assert_eq!(good.outcome, Some(Outcome::Committed));

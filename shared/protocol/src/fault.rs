@@ -67,6 +67,8 @@ pub mod code {
     pub const SUPERSEDED: FaultCode = FaultCode::known("superseded");
     /// An operator cancelled the migration.
     pub const CANCELLED: FaultCode = FaultCode::known("cancelled");
+    /// An operator vouched that the target host is dead.
+    pub const TARGET_DEAD: FaultCode = FaultCode::known("target_dead");
     /// The migration is over, or past the point where it can be cancelled.
     pub const NOT_CANCELLABLE: FaultCode = FaultCode::known("not_cancellable");
     /// No migration has that id.

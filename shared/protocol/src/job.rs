@@ -50,6 +50,10 @@ pub struct Cancel {
     pub version: Version,
     /// Which.
     pub id: MigrationId,
+    /// The operator vouches that the container does not run on the target host and will not start to: the source
+    /// goes on without the target's word, even if the target was asked to restore.
+    #[serde(default)]
+    pub target_is_dead: bool,
 }
 
 /// The answer to [`Cancel`].

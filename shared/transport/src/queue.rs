@@ -135,12 +135,12 @@ impl Nats {
         })))
     }
 
-    /// Asks the coordinator that owns the migration to give it up.
+    /// Asks the coordinator that owns the migration to give it up; see [`Cancel`].
     ///
     /// # Errors
     /// The coordinator's refusal, or `unreachable` when no coordinator owns it.
-    pub async fn cancel(&self, id: &MigrationId) -> Result<(), Fault> {
-        let cancel = Cancel { version: Version::CURRENT, id: id.clone() };
+    pub async fn cancel(&self, id: &MigrationId, target_is_dead: bool) -> Result<(), Fault> {
+        let cancel = Cancel { version: Version::CURRENT, id: id.clone(), target_is_dead };
         let payload = serde_json::to_vec(&cancel)
             .map_err(|error| Fault::new(code::INTERNAL, "cannot encode a request").because(&error))?;
         let request = async_nats::Request::new().payload(payload.into()).timeout(Some(ANSWER_WITHIN));
@@ -170,7 +170,7 @@ impl Nats {
         let requests = self.client.subscribe(subject).await.map_err(failed("subscribe to cancellations"))?;
         Ok(Box::pin(requests.filter_map(move |message| {
             let request = message.reply.clone().map(|reply| CancelRequest {
-                valid: decode::<Cancel>(&message.payload).map(drop),
+                cancel: decode(&message.payload),
                 reply,
                 client: client.clone(),
             });
@@ -181,8 +181,8 @@ impl Nats {
 
 /// A request to cancel.
 pub struct CancelRequest {
-    /// Whether it could be understood.
-    pub valid: Result<(), Fault>,
+    /// What is asked, if it could be understood.
+    pub cancel: Result<Cancel, Fault>,
     reply: async_nats::Subject,
     client: async_nats::Client,
 }

@@ -213,13 +213,13 @@ async fn a_cancellation_reaches_the_owner_or_says_that_there_is_none() {
     let server = Server::start();
     let nats = server.connect().await;
     let id = MigrationId::generate();
-    assert_eq!(nats.cancel(&id).await.unwrap_err().code, code::UNREACHABLE);
+    assert_eq!(nats.cancel(&id, false).await.unwrap_err().code, code::UNREACHABLE);
     let mut requests = nats.cancellations(&id).await.unwrap();
     let owner = async {
         let request = requests.next().await.unwrap();
-        request.valid.clone().unwrap();
+        assert!(request.cancel.clone().unwrap().target_is_dead);
         request.answer(CancelAnswer::Accepted).await;
     };
-    let (answer, ()) = tokio::join!(nats.cancel(&id), owner);
+    let (answer, ()) = tokio::join!(nats.cancel(&id, true), owner);
     assert_eq!(answer, Ok(()));
 }
