@@ -1,6 +1,7 @@
 //! The coordinator is killed in every phase; another carries the migration on or undoes it.
 
 use anyhow::{Context, Result, bail};
+use haulage_protocol::subject::EVENTS_FILTER;
 use haulage_tests::fleet::Fleet;
 use haulage_tests::scenario::{Redis, nothing_left_on, only_on, system};
 use std::time::Duration;
@@ -25,7 +26,7 @@ fn a_coordinator_killed_in_any_phase_is_replaced() -> Result<()> {
         let (mut at, mut coordinator) = (0, 0);
         for phase in PHASES {
             let to = 1 - at;
-            let mut events = fleet.nats()?.subscribe("haul.v1.event.>")?;
+            let mut events = fleet.nats()?.subscribe(EVENTS_FILTER)?;
             let migration = fleet.start_migration("web", at, to)?;
             events.wait_for_phase(phase, PATIENCE)?;
             coordinator = fleet.replace_coordinator(coordinator)?;

@@ -3,6 +3,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use haulage_protocol::rpc::Service;
+use haulage_protocol::subject::{EVENTS_FILTER, JOBS_FILTER};
 use haulage_tests::fleet::Fleet;
 use haulage_tests::resp::Client;
 use haulage_tests::scenario::{Redis, nothing_left_on, only_on, system};
@@ -42,7 +43,7 @@ fn a_service_that_dies_and_comes_back_costs_at_most_the_migration() -> Result<()
             let victim = if of_source { at } else { to };
             let said =
                 || format!("{service} of {} died in {phase}", if of_source { "source" } else { "target" });
-            let mut events = fleet.nats()?.subscribe("haul.v1.event.>")?;
+            let mut events = fleet.nats()?.subscribe(EVENTS_FILTER)?;
             let migration = fleet.start_migration("web", at, to)?;
             events.wait_for_phase(phase, PATIENCE)?;
             fleet.restart_service(victim, service)?;
@@ -70,7 +71,7 @@ fn a_service_that_dies_and_comes_back_costs_at_most_the_migration() -> Result<()
 fn a_target_that_vanishes_leaves_the_source_running_and_is_cleaned_when_it_returns() -> Result<()> {
     system(&Fleet::builder(), |fleet| {
         let redis = Redis::start(fleet, 0, "web", 0, &[])?;
-        let mut events = fleet.nats()?.subscribe("haul.v1.event.>")?;
+        let mut events = fleet.nats()?.subscribe(EVENTS_FILTER)?;
         let migration = fleet.start_migration("web", 0, 1)?;
         events.wait_for_phase("track", PATIENCE)?;
         for service in Service::ALL {
@@ -128,7 +129,7 @@ fn a_cancelled_migration_is_rolled_back() -> Result<()> {
     system(&Fleet::builder(), |fleet| {
         let redis = Redis::start(fleet, 0, "web", 0, &[])?;
         Client::connect(redis.server())?.fill(128)?;
-        let mut events = fleet.nats()?.subscribe("haul.v1.event.>")?;
+        let mut events = fleet.nats()?.subscribe(EVENTS_FILTER)?;
         let migration = fleet.start_migration("web", 0, 1)?;
         let first = events.next(PATIENCE)?;
         let id = first.get("migration").and_then(Value::as_str).context("an event without its migration")?;
@@ -151,7 +152,7 @@ fn nobody_can_start_the_container_on_the_target_before_it_has_arrived() -> Resul
     system(&Fleet::builder(), |fleet| {
         let redis = Redis::start(fleet, 0, "web", 0, &[])?;
         Client::connect(redis.server())?.fill(128)?;
-        let mut events = fleet.nats()?.subscribe("haul.v1.event.>")?;
+        let mut events = fleet.nats()?.subscribe(EVENTS_FILTER)?;
         let migration = fleet.start_migration("web", 0, 1)?;
         events.wait_for_phase("open", PATIENCE)?;
         let started = fleet.host(1).docker(&["start", "web"]);
@@ -172,7 +173,7 @@ fn strangers_and_damage_are_refused_and_harm_nothing() -> Result<()> {
     system(&Fleet::builder().hosts(3).without_images(2), |fleet| {
         let redis = Redis::start(fleet, 0, "web", 0, &[])?;
         for nonsense in [&b"{}"[..], b"{\"version\":99}", b"\xff\x00", b""] {
-            fleet.nats()?.publish("haul.v1.job.submit", nonsense)?;
+            fleet.nats()?.publish(JOBS_FILTER, nonsense)?;
         }
         let hosts = fleet.haul(&["hosts", "--json"])?.json()?;
         for (host, services) in hosts.as_object().context("hosts")? {

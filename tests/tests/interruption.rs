@@ -1,6 +1,7 @@
 //! The demo is killed, and nothing of it stays.
 
 use anyhow::{Context, Result, ensure};
+use haulage_protocol::subject::EVENTS_FILTER;
 use haulage_tests::leftovers::{Snapshot, left_since};
 use haulage_tests::nats::Subscription;
 use std::io::{BufRead, BufReader, Read};
@@ -73,7 +74,7 @@ fn a_demo_killed_at_its_start_leaves_nothing() -> Result<()> {
 fn a_demo_killed_with_its_container_frozen_leaves_nothing() -> Result<()> {
     let before = Snapshot::take()?;
     let mut demo = Demo::start()?;
-    let mut events = Subscription::new(demo.nats, "haul.v1.event.>")?;
+    let mut events = Subscription::new(demo.nats, EVENTS_FILTER)?;
     demo.wait_for_line("$ haul migrate")?;
     events.wait_for_phase("switch", Duration::from_secs(60))?;
     demo.kill_and_check(&before)

@@ -1,6 +1,7 @@
 //! A restore that fails on the target: the source goes on with its connections, and the target is clean.
 
 use anyhow::{Context, Result, ensure};
+use haulage_protocol::subject::EVENTS_FILTER;
 use haulage_tests::fleet::Fleet;
 use haulage_tests::process::finish;
 use haulage_tests::scenario::{Redis, nothing_left_on, only_on, system};
@@ -35,7 +36,7 @@ fn a_failing_restore_leaves_the_source_as_it_was() -> Result<()> {
         let before = policy(source.inspect("web")?);
         ensure!(before.is_some(), "no restart policy to compare");
         finish(target.command(Path::new("sh")).args(["-c", BREAK, "break"]).arg(target.directory()))?;
-        let mut events = fleet.nats()?.subscribe("haul.v1.event.>")?;
+        let mut events = fleet.nats()?.subscribe(EVENTS_FILTER)?;
 
         let moved = fleet.migrate("web", 0, 1)?;
         ensure!(

@@ -73,7 +73,7 @@ pub(crate) struct Migrate {
     /// The most pre-copy rounds.
     #[arg(long, value_name = "N", default_value = "8")]
     pub(crate) max_rounds: u32,
-    /// A bind mount (its path in the container) that is the same on both hosts. May be given several times.
+    /// A bind mount (its path on the hosts) that is the same on both hosts. May be given several times.
     #[arg(long, value_name = "PATH")]
     pub(crate) shared: Vec<String>,
     /// The id of the migration; the same id twice is one migration.
@@ -108,8 +108,8 @@ pub(crate) struct Show {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Watch {
-    /// The migration's id; all migrations from now on when absent.
-    pub(crate) id: Option<MigrationId>,
+    /// The migration's id, or a unique beginning of it; all migrations from now on when absent.
+    pub(crate) id: Option<String>,
     /// Print each event as a JSON line.
     #[arg(long)]
     pub(crate) json: bool,
@@ -117,8 +117,8 @@ pub(crate) struct Watch {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Cancel {
-    /// The migration's id.
-    pub(crate) id: MigrationId,
+    /// The migration's id, or a unique beginning of it.
+    pub(crate) id: String,
     /// Let the source go on without the target's word, although the target was asked to restore. Only when you know
     /// that the container does not run there and the host is off or cut off for good: otherwise it runs twice. What
     /// the host has of it is removed when its services are back.

@@ -38,8 +38,9 @@ async fn run(args: Args) -> Result<(), Failure> {
         Verb::Show(wanted) => show::run(&nats, wanted).await,
         Verb::Watch(wanted) => watch::run(&nats, wanted).await,
         Verb::Cancel(wanted) => {
-            nats.cancel(&wanted.id, wanted.target_is_dead).await?;
-            output::line(&format!("migration {} will be rolled back", wanted.id))
+            let id = show::find(&nats, &wanted.id).await?.job.id;
+            nats.cancel(&id, wanted.target_is_dead).await?;
+            output::line(&format!("migration {id} will be rolled back"))
         }
         Verb::Hosts(wanted) => hosts::run(&nats, wanted).await,
     }

@@ -23,7 +23,8 @@ pub(crate) async fn run(nats: &Nats, wanted: args::Show) -> Result<(), Failure> 
     line(report(&record, Micros::from_duration(now)).trim_end())
 }
 
-async fn find(nats: &Nats, id: &str) -> Result<Migration, Failure> {
+/// The migration of that id, or of which it is a unique beginning.
+pub(crate) async fn find(nats: &Nats, id: &str) -> Result<Migration, Failure> {
     let unknown = |message| Fault::new(code::UNKNOWN_MIGRATION, message).remedy("see `haul ls`");
     let table: Table<Migration> = Table::open(nats, subject::MIGRATIONS).await?;
     if let Ok(id) = id.parse()

@@ -6,9 +6,14 @@ use haulage_transport::Nats;
 
 use crate::args;
 use crate::output::{Failure, clock, json, line};
+use crate::show;
 
 pub(crate) async fn run(nats: &Nats, wanted: args::Watch) -> Result<(), Failure> {
-    let mut events = nats.events(wanted.id.as_ref()).await?;
+    let id = match &wanted.id {
+        Some(id) => Some(show::find(nats, id).await?.job.id),
+        None => None,
+    };
+    let mut events = nats.events(id.as_ref()).await?;
     while let Some(event) = events.next().await {
         let event = event?;
         if wanted.json {
@@ -16,7 +21,7 @@ pub(crate) async fn run(nats: &Nats, wanted: args::Watch) -> Result<(), Failure>
         } else {
             line(&text(&event))?;
         }
-        if wanted.id.is_some() && matches!(event.what, What::Finished { .. }) {
+        if id.is_some() && matches!(event.what, What::Finished { .. }) {
             break;
         }
     }

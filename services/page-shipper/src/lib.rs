@@ -28,6 +28,8 @@ const LAST_TO_DIE: i16 = -1000;
 pub(crate) struct PageShipper {
     config: HostConfig,
     listener: BulkListener,
+    /// Where other hosts find it.
+    advertised: std::net::SocketAddr,
     sources: Mutex<HashMap<MigrationId, source::Session>>,
     targets: Mutex<HashMap<MigrationId, target::Session>>,
 }
@@ -41,10 +43,12 @@ pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>
         tracing::warn!(%error, "this process is not protected from the out-of-memory killer");
     }
     let listener = BulkListener::bind(shell.config.bulk_listen).await?;
-    shell.facts.insert("pages".to_owned(), shell.config.advertised(listener.local_addr()).to_string());
+    let advertised = shell.config.advertised(listener.local_addr())?;
+    shell.facts.insert("pages".to_owned(), advertised.to_string());
     let service = Arc::new(PageShipper {
         config: shell.config.clone(),
         listener,
+        advertised,
         sources: Mutex::default(),
         targets: Mutex::default(),
     });

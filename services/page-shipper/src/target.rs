@@ -57,7 +57,7 @@ pub(crate) async fn open(
     let token = ask.token.reveal().parse().map_err(fault(code::MALFORMED))?;
     let session = service.listener.open(SessionKey::new(migration.as_str(), ROLE), token);
     let session = session.map_err(|error| stream(&error))?;
-    let address = service.config.advertised(service.listener.local_addr()).to_string();
+    let address = service.advertised.to_string();
     let task = tokio::spawn(receive(session, engine, migration.clone()));
     service.targets.lock().unwrap_or_else(PoisonError::into_inner).insert(migration, Session { task });
     Ok(PagesOpened { address, store: store.to_string_lossy().into_owned() })

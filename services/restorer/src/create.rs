@@ -1,15 +1,18 @@
 //! The container, created again and not started.
 
+use std::error::Error;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use haulage_engine::armed::Armed;
+use haulage_engine::armed::{Armed, ArmedError, ArmedRoot, State};
 use haulage_engine::{ContainerSpec, CreateOptions, Docker, Engine, HAUL_RUNTIME, Stage, capture, compare};
 use haulage_protocol::fault::Fault;
 use haulage_protocol::id::MigrationId;
 use haulage_protocol::restorer::{Create, Created};
 use haulage_protocol::syncer::TargetRoot;
 use haulage_service::chain;
+use haulage_service::config::HostConfig;
 
 use crate::check::decode;
 use crate::failure::{self, CONFLICT, ENGINE, STATE, fault};
@@ -45,7 +48,7 @@ async fn make(
     spec: ContainerSpec,
 ) -> Result<Created, Fault> {
     let docker = &service.docker;
-    let mut notes = Notes { spec, container: None, volumes: Vec::new(), complete: None };
+    let mut notes = Notes { spec, container: None, volumes: Vec::new(), complete: None, armed: false };
     notes.write(dir).map_err(fault(STATE))?;
     for (_, volume) in notes.spec.clone().volumes().filter(|(_, volume)| !volume.anonymous) {
         match docker.volume(&volume.name).await {
@@ -73,7 +76,7 @@ async fn make(
     let id = id.map_err(|error| failure::engine(&error))?;
     notes.container = Some(id.clone());
     notes.write(dir).map_err(fault(STATE))?;
-    bar(service, migration, &id)?;
+    bar(&service.armed, migration.as_str(), &id).map_err(fault(STATE))?;
     for (network, endpoint) in &request.connect {
         docker.connect_network(network, &id, endpoint).await.map_err(|error| failure::engine(&error))?;
     }
@@ -89,11 +92,27 @@ async fn make(
 }
 
 /// Until it is armed the container must not start: it would run empty beside the one that it is to become.
-fn bar(service: &Restorer, migration: &MigrationId, id: &str) -> Result<(), Fault> {
+fn bar(armed: &ArmedRoot, migration: &str, id: &str) -> Result<(), ArmedError> {
     // A state that was consumed and never came to life is what the runtime refuses to start.
-    let nothing = Armed::new(migration.as_str(), "", "");
-    service.armed.arm(id, &nothing).map_err(fault(STATE))?;
-    service.armed.consume(id).map_err(fault(STATE))
+    armed.arm(id, &Armed::new(migration, "", ""))?;
+    armed.consume(id)
+}
+
+/// Bars again what was barred before a reboot: notes survive it, armed states do not.
+pub(crate) fn bar_again(config: &HostConfig, armed: &ArmedRoot) -> Result<(), Box<dyn Error + Send + Sync>> {
+    let migrations = match std::fs::read_dir(config.state_dir.join("migrations")) {
+        Ok(migrations) => migrations,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error.into()),
+    };
+    for migration in migrations {
+        let migration = migration?;
+        let Some(Notes { container: Some(id), .. }) = Notes::read(&migration.path())? else { continue };
+        if armed.state(&id)? == State::Absent {
+            bar(armed, &migration.file_name().to_string_lossy(), &id)?;
+        }
+    }
+    Ok(())
 }
 
 /// The image's id, when its name means another image here, or none.

@@ -65,12 +65,9 @@ pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>
     shell.facts.insert("cpu".to_owned(), host.cpu_model);
     shell.facts.insert("docker".to_owned(), info.server_version);
     shell.facts.insert("storage".to_owned(), info.storage_driver);
-    let service = Arc::new(Restorer {
-        config: shell.config.clone(),
-        docker,
-        criu: Criu::find()?,
-        armed: ArmedRoot::from_env(),
-    });
+    let armed = ArmedRoot::from_env();
+    create::bar_again(&shell.config, &armed)?;
+    let service = Arc::new(Restorer { config: shell.config.clone(), docker, criu: Criu::find()?, armed });
     let server = &mut shell.server;
     let s = service.clone();
     server.answer::<Check, _, _>(move |at, ask| check::check(s.clone(), at.migration, ask)).await?;

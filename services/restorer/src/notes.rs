@@ -21,6 +21,9 @@ pub(crate) struct Notes {
     pub(crate) volumes: Vec<String>,
     /// Where images and pages are joined, once they are: beside the page store.
     pub(crate) complete: Option<PathBuf>,
+    /// The runtime was armed: from here on the engine may have restored it, whatever became of this service.
+    #[serde(default)]
+    pub(crate) armed: bool,
 }
 
 /// The name of a container that is not complete: nobody else's, so that undo never removes a stranger.

@@ -37,7 +37,7 @@ pub(crate) async fn restore(
         return Err(Fault::new(code::OUT_OF_ORDER, "the container was not created here for this migration"));
     };
     let began = Instant::now();
-    if notes.complete.is_some()
+    if notes.armed
         && let Some(state) = began_before(&service, id).await?
     {
         announce_from(&notes, state.pid).await;
@@ -122,7 +122,9 @@ fn prepare(
     let armed = Armed::new(migration.as_str(), complete, work);
     // Until here it was barred from starting.
     service.armed.disarm(id).map_err(fault(STATE))?;
-    service.armed.arm(id, &armed).map_err(fault(STATE))
+    service.armed.arm(id, &armed).map_err(fault(STATE))?;
+    notes.armed = true;
+    notes.write(&dir).map_err(fault(STATE))
 }
 
 /// What the runtime knows of the failure says more than the engine does.

@@ -28,6 +28,8 @@ pub(crate) struct Syncer {
     docker: Docker,
     bucket: Bucket,
     listener: BulkListener,
+    /// Where other hosts find it.
+    advertised: std::net::SocketAddr,
     sources: Mutex<HashMap<MigrationId, source::Session>>,
     targets: Mutex<HashMap<MigrationId, target::Session>>,
 }
@@ -38,13 +40,15 @@ pub(crate) struct Syncer {
 /// When the engine cannot be reached, the bucket cannot be opened or the bulk address cannot be listened on.
 pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>> {
     let listener = BulkListener::bind(shell.config.bulk_listen).await?;
-    shell.facts.insert("files".to_owned(), shell.config.advertised(listener.local_addr()).to_string());
+    let advertised = shell.config.advertised(listener.local_addr())?;
+    shell.facts.insert("files".to_owned(), advertised.to_string());
     shell.facts.insert("bucket".to_owned(), shell.config.bucket.clone());
     let service = Arc::new(Syncer {
         docker: Docker::connect(shell.config.docker_socket().as_ref()).await?,
         bucket: Bucket::open(&shell.config.bucket)?,
         config: shell.config.clone(),
         listener,
+        advertised,
         sources: Mutex::default(),
         targets: Mutex::default(),
     });

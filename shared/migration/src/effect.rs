@@ -84,7 +84,8 @@ pub enum Persistence {
     /// Tell the machine, which undoes the migration. A host that does not answer is asked a few times.
     Report,
     /// Ask until it is known what happened, and tell the machine only that: the container may run and have answered
-    /// clients, so it is undone only for what is certain, not for an answer that did not come.
+    /// clients, so it is undone only for what is certain, not for an answer that did not come or for an engine
+    /// (`engine_failed`) that does not say.
     FindOut,
     /// Try again until it succeeds: there is no other way on.
     Insist,

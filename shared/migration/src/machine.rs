@@ -4,8 +4,8 @@
 //! - the container runs in at most one place: the target is asked to restore only while the source is frozen and
 //!   held, and the source is thawed only when the target has confirmed that it does not run there, if a restore
 //!   was ever asked for;
-//! - the source is ended only after the commit, that is a record whose phase is [`Phase::Commit`], which is entered
-//!   only from `Verify`, and only when the target's files are on its disk;
+//! - the source is ended only in [`Phase::Retire`], after the commit, that is a record whose phase was
+//!   [`Phase::Commit`], which is entered only from `Verify`, and after the target's files are on its disk;
 //! - every effect that was *asked for* is undone, whether or not its answer came.
 //!
 //! An effect is asked for when it is in the record that was written, so performing it may come after a restart.

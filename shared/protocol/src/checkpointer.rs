@@ -37,7 +37,7 @@ pub struct Located {
 pub struct Inspect {
     /// A name, an id, or a unique beginning of an id.
     pub container: String,
-    /// Bind mounts (paths in the container) that the operator declares to be the same on both hosts.
+    /// Bind mounts (paths on the host) that the operator declares to be the same on both hosts.
     #[serde(default)]
     pub shared_binds: Vec<String>,
 }

@@ -33,7 +33,7 @@ pub struct Options {
     pub max_downtime_ms: u64,
     /// The most pre-copy rounds.
     pub max_rounds: u32,
-    /// Bind mounts (paths in the container) that are the same on both hosts.
+    /// Bind mounts (paths on the hosts) that are the same on both hosts.
     pub shared_binds: Vec<String>,
 }
 

@@ -1,6 +1,6 @@
 //! What a service is told when it starts, on the command line or in the environment.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::Args;
@@ -40,8 +40,13 @@ pub struct HostConfig {
     pub bulk_listen: SocketAddr,
     /// The address that other hosts are told, when it is not the one that is listened on.
     #[arg(long, env = "HAUL_BULK_ADVERTISE", value_name = "ADDRESS")]
-    pub bulk_advertise: Option<std::net::IpAddr>,
+    pub bulk_advertise: Option<IpAddr>,
 }
+
+/// Other hosts cannot connect there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("other hosts cannot connect to {0}: name this host's address with --bulk-listen or --bulk-advertise")]
+pub struct NotAnAddress(IpAddr);
 
 impl HostConfig {
     /// The directory of one migration on this host; not created.
@@ -63,8 +68,11 @@ impl HostConfig {
     }
 
     /// What other hosts connect to, given where the listener ended up.
-    #[must_use]
-    pub fn advertised(&self, listening: SocketAddr) -> SocketAddr {
-        SocketAddr::new(self.bulk_advertise.unwrap_or_else(|| listening.ip()), listening.port())
+    ///
+    /// # Errors
+    /// [`NotAnAddress`] when it listens on every address and none was named for others.
+    pub fn advertised(&self, listening: SocketAddr) -> Result<SocketAddr, NotAnAddress> {
+        let ip = self.bulk_advertise.unwrap_or_else(|| listening.ip());
+        if ip.is_unspecified() { Err(NotAnAddress(ip)) } else { Ok(SocketAddr::new(ip, listening.port())) }
     }
 }
