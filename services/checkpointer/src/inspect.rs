@@ -1,5 +1,6 @@
 //! What the container is, and whether it can move. Changes nothing.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -39,16 +40,24 @@ pub(crate) async fn inspect(service: Arc<Checkpointer>, ask: Inspect) -> Result<
     let shared = ask.shared_binds.into_iter().map(Into::into).collect();
     let facts = running_facts(&service.docker, &captured, shared).await.map_err(|e| failure::gather(&e))?;
     failure::refused(&refusals(&captured.spec, &facts))?;
-    joined(tokio::task::spawn_blocking(move || describe(&captured, &facts.engine)).await)
+    let image = service.docker.image(&captured.spec.image.id).await.map_err(|e| failure::engine(&e))?;
+    let described =
+        tokio::task::spawn_blocking(move || describe(&captured, &facts.engine, Bytes(image.size)));
+    joined(described.await)
 }
 
-fn describe(captured: &Captured, engine: &haulage_engine::facts::EngineInfo) -> Result<Inspected, Fault> {
+fn describe(
+    captured: &Captured,
+    engine: &haulage_engine::facts::EngineInfo,
+    image_size: Bytes,
+) -> Result<Inspected, Fault> {
     let spec = &captured.spec;
     let bundle = bundle(&spec.id, captured.state.pid)?;
     let processes =
         haulage_pages::process::list(&bundle.cgroup.procs_file).map_err(failure::fault(NOT_INSPECTABLE))?;
     limits_are_readable(&processes)?;
     let memory = processes.iter().map(|process| resident(process.pid.as_raw_nonzero().get())).sum();
+    let roots = roots(captured)?;
     let host = HostFacts::gather(engine).map_err(failure::fault(NOT_INSPECTABLE))?;
     let encode =
         |error: serde_json::Error| Fault::new(code::INTERNAL, "cannot encode the container").because(&error);
@@ -61,7 +70,9 @@ fn describe(captured: &Captured, engine: &haulage_engine::facts::EngineInfo) -> 
         cgroup_procs: text(&bundle.cgroup.procs_file)?,
         processes: u32::try_from(processes.len()).unwrap_or(u32::MAX),
         memory,
-        roots: roots(captured)?,
+        disk: roots.iter().map(|root| on_disk(Path::new(&root.path))).sum(),
+        image_size,
+        roots,
         mapped_writable: mapped_writable(&processes, spec)?,
     })
 }
@@ -141,6 +152,18 @@ fn roots(captured: &Captured) -> Result<Vec<SourceRoot>, Fault> {
         roots.push(SourceRoot { root: "log".to_owned(), path: text(log)? });
     }
     Ok(roots)
+}
+
+/// What a tree takes up. Files that go while it is looked at, and what cannot be read, do not count: it is an
+/// estimate, and the container is at work.
+fn on_disk(path: &Path) -> Bytes {
+    let Ok(metadata) = std::fs::symlink_metadata(path) else { return Bytes(0) };
+    // stat(2): blocks are of 512 bytes, whatever the file system's are.
+    let own = Bytes(metadata.blocks().saturating_mul(512));
+    match std::fs::read_dir(path) {
+        Ok(entries) if metadata.is_dir() => own + entries.flatten().map(|entry| on_disk(&entry.path())).sum(),
+        _ => own,
+    }
 }
 
 /// What a volume is called between the hosts. An anonymous one has another name on each; where it is mounted tells

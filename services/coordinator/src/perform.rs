@@ -203,6 +203,8 @@ impl Ask<'_> {
             source: inspected.host.clone(),
             image: inspected.image.clone(),
             memory: inspected.memory,
+            disk: inspected.disk,
+            image_size: inspected.image_size,
         })
         .await
     }

@@ -7,6 +7,7 @@ use haulage_engine::{ContainerSpec, HostFacts, Need, target_facts, target_refusa
 use haulage_protocol::fault::{Fault, FaultCode, code};
 use haulage_protocol::id::MigrationId;
 use haulage_protocol::restorer::{Check, Checked};
+use haulage_protocol::unit::Bytes;
 use haulage_service::notes;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -35,7 +36,8 @@ pub(crate) async fn check(
     let worker = service.clone();
     joined(tokio::task::spawn_blocking(move || criu_is_fit(&worker, &migration)).await)?;
     let facts = target_facts(&service.docker, &spec).await.map_err(|error| failure::gather(&error))?;
-    let need = Need { memory: ask.memory.0, disk: 0 };
+    let image = if facts.image_present { Bytes(0) } else { ask.image_size };
+    let need = Need { memory: ask.memory.0, disk: (ask.disk + image).0 };
     let refusals = target_refusals(&spec, &source, &facts, need);
     match refusals.split_first() {
         None => Ok(Checked { image_present: facts.image_present }),

@@ -59,8 +59,12 @@ pub struct Inspected {
     pub cgroup_procs: String,
     /// The number of processes.
     pub processes: u32,
-    /// Memory in use, as the cgroup counts it.
+    /// Memory in use: the resident memory of all processes, shared pages counted in each.
     pub memory: Bytes,
+    /// What the writable layer and the volumes take up on disk.
+    pub disk: Bytes,
+    /// The size of the image's layers.
+    pub image_size: Bytes,
     /// The directories that the files service carries over.
     pub roots: Vec<SourceRoot>,
     /// Files that some process maps shared and writable, as [`Frozen::mapped_writable`]: one that is unmapped before

@@ -20,6 +20,10 @@ pub struct Check {
     pub image: String,
     /// Memory in use on the source.
     pub memory: Bytes,
+    /// What the writable layer and the volumes take up on disk.
+    pub disk: Bytes,
+    /// The size of the image's layers, which need room where the image is missing.
+    pub image_size: Bytes,
 }
 
 /// The answer to [`Check`].
