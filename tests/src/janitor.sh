@@ -25,6 +25,10 @@ pids() {
     {
         grep -lsz "^HAULAGE_FLEET=$name\$" /proc/[0-9]*/environ
         grep -ls "[:/]$name\(/\|\$\)" /proc/[0-9]*/cgroup
+        # CRIU writes its title over its environment, and is in no cgroup of the fleet; its files are the fleet's.
+        grep -lsx criu /proc/[0-9]*/comm | while read -r comm; do
+            ! ls -l "${comm%comm}fd" 2>/dev/null | grep -q -e "-> $dir/" || echo "$comm"
+        done
     } | sed 's,[^/]*$,status,' | xargs -r grep -Ls '^State:.Z' | sed 's,/proc/\([0-9]*\)/.*,\1,' | grep -vx "$$"
 }
 cgroups() { find /sys/fs/cgroup -depth -type d \( -path "*/$name" -o -path "*/$name/*" \) 2>/dev/null; }
@@ -46,6 +50,11 @@ done
 
 for netns in /run/netns/"$name"-*; do
     [ ! -e "$netns" ] || ip netns delete "${netns##*/}" || echo "network namespace $netns is left"
+done
+# A namespace without a name lives on while a TCP connection that was cut in it still tries to say goodbye, for a
+# minute or two, and its links would with it.
+for link in /sys/class/net/"$name"-*; do
+    [ ! -e "$link" ] || ip link delete "${link##*/}" || echo "link ${link##*/} is left"
 done
 [ ! -e "/sys/class/net/$name" ] || ip link delete "$name" || echo "bridge $name is left"
 

@@ -134,6 +134,7 @@ pub fn nothing_left_on(host: &Host) -> Result<()> {
 const LOOK: &str = "
 find \"$1/migrations\" -mindepth 1 2>/dev/null | sed 's/^/state: /'
 find /run/haul -mindepth 2 2>/dev/null | sed 's/^/run: /'
+find /run -maxdepth 1 -name 'haul-*' | sed 's/^/pages: /'
 awk '$5 ~ /haul|pagemap|criu/ && $5 !~ /^.(run.netns|opt.haulage)./ && index($5, root) != 1 { print \"mount: \" $5 }' root=\"$2\" /proc/self/mountinfo
 for process in /proc/[0-9]*; do
     case $(cat $process/comm 2>/dev/null) in

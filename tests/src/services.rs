@@ -174,6 +174,8 @@ fn start_on(
         .arg(format!("unix://{}", on.socket().display()))
         .arg("--bucket")
         .arg(format!("file://{}", bucket.display()))
+        // The host's own tmpfs, which goes with its mount namespace.
+        .args(["--page-dir", "/run"])
         .arg("--bulk-listen")
         .arg(format!("{}:0", on.address()));
     on.start_daemon(name, command)

@@ -12,6 +12,7 @@ mod watch;
 use std::process::ExitCode;
 
 use clap::Parser;
+use haulage_protocol::fault::{Fault, code};
 use haulage_transport::Nats;
 
 use crate::args::{Args, Verb};
@@ -38,7 +39,14 @@ async fn run(args: Args) -> Result<(), Failure> {
         Verb::Show(wanted) => show::run(&nats, wanted).await,
         Verb::Watch(wanted) => watch::run(&nats, wanted).await,
         Verb::Cancel(wanted) => {
-            let id = show::find(&nats, &wanted.id).await?.job.id;
+            let record = show::find(&nats, &wanted.id).await?;
+            let id = record.job.id.clone();
+            if record.is_over() {
+                let message = format!("migration {id} is over");
+                return Err(Fault::new(code::NOT_CANCELLABLE, message)
+                    .remedy(format!("see haul show {id}"))
+                    .into());
+            }
             nats.cancel(&id, wanted.target_is_dead).await?;
             output::line(&format!("migration {id} will be rolled back"))
         }

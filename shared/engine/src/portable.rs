@@ -132,7 +132,7 @@ fn engine(spec: &ContainerSpec, engine: &EngineInfo, found: &mut Vec<Refusal>) {
         found.push(Refusal::new(
             Code::LogDriver,
             format!("the log driver {} is a plugin", spec.log_driver()),
-            "create the container with a log driver of the engine, such as json-file or local",
+            "create the container with a log driver of the engine, such as json-file",
         ));
     }
 }

@@ -135,7 +135,7 @@ fn engine(spec: &ContainerSpec, engine: &EngineInfo, found: &mut Vec<Refusal>) {
         found.push(Refusal::new(
             Code::LogDriver,
             format!("the target's engine has no log driver {}", spec.log_driver()),
-            "install it there, or create the container with json-file or local",
+            "install it there, or create the container with json-file",
         ));
     }
     for (feature, used) in [("apparmor", &spec.apparmor), ("selinux", &spec.selinux)] {

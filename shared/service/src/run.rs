@@ -42,6 +42,8 @@ where
     B: AsyncFnOnce(&mut Shell) -> Result<(), Box<dyn Error + Send + Sync>>,
 {
     let HostArgs { config } = HostArgs::parse();
+    // What is kept of a container is its memory and its files: for nobody else's eyes.
+    rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     block_on(async move || {
         let nats = connect(&config.nats.nats, &format!("haul-{service} {}", config.host)).await?;
         let server = CommandServer::start(&nats, &config.host, service).await?;
