@@ -5,11 +5,14 @@ CARGO ?= cargo
 # What whole-system tests and the demo run: the programs as a user would run them.
 BINARIES := --workspace --bins
 
-.PHONY: help setup build demo test lint clean
+.PHONY: help setup build demo test test-vm bench bench-quick lint clean
 
 help:
 	@echo 'make demo    two Docker hosts on this machine, a Redis that moves between them under load (KEEP=1 leaves it running)'
 	@echo 'make test    all tests, those with real Docker, CRIU and NATS included'
+	@echo 'make test-vm a choice of tests on Debian 13 and its own kernel, in an emulated machine (RELEASE=name: another Debian)'
+	@echo 'make bench   what a move costs, against other ways to do it; up to 40 minutes (PUBLISH=1 writes deploy/BENCHMARKS.md)'
+	@echo 'make bench-quick  the most telling part of it; up to 8 minutes'
 	@echo 'make lint    formatting, clippy, and the dependency policy where cargo-deny is installed'
 	@echo 'make setup   install what the above need: Docker engine, CRIU, NATS server'
 	@echo 'make clean   remove what was built'
@@ -28,6 +31,18 @@ test: build
 	then $(CARGO) nextest run --locked --workspace --no-fail-fast; \
 	else $(CARGO) test --locked --workspace --no-fail-fast -- --test-threads=1; fi
 	$(CARGO) test --locked --workspace --doc
+
+test-vm:
+	tests/vm/run $(if $(RELEASE),--release $(RELEASE)) -- tests/vm/checks
+
+# Figures of debug builds mean nothing.
+bench: setup
+	$(CARGO) build --locked --release $(BINARIES)
+	target/release/bench $(if $(PUBLISH),--publish)
+
+bench-quick: setup
+	$(CARGO) build --locked --release $(BINARIES)
+	target/release/bench --quick $(if $(PUBLISH),--publish)
 
 lint:
 	$(CARGO) fmt --all --check

@@ -77,7 +77,7 @@ impl Fleet {
     /// # Errors
     /// As [`Fleet::migrate`].
     pub fn migrate_named(&self, container: &str, from: &str, to: &str) -> Result<Moved> {
-        self.start_named(container, from, to)?.wait(MIGRATION)
+        self.start_named(container, from, to, &[])?.wait(MIGRATION)
     }
 
     /// Starts a migration and does not wait for its end.
@@ -85,12 +85,26 @@ impl Fleet {
     /// # Errors
     /// `haul` could not be started.
     pub fn start_migration(&self, container: &str, from: usize, to: usize) -> Result<Pending> {
-        self.start_named(container, self.host(from).name(), self.host(to).name())
+        self.start_migration_with(container, from, to, &[])
     }
 
-    fn start_named(&self, container: &str, from: &str, to: &str) -> Result<Pending> {
+    /// As [`Fleet::start_migration`], with more arguments for `haul migrate`.
+    ///
+    /// # Errors
+    /// As [`Fleet::start_migration`].
+    pub fn start_migration_with(
+        &self,
+        container: &str,
+        from: usize,
+        to: usize,
+        arguments: &[&str],
+    ) -> Result<Pending> {
+        self.start_named(container, self.host(from).name(), self.host(to).name(), arguments)
+    }
+
+    fn start_named(&self, container: &str, from: &str, to: &str, arguments: &[&str]) -> Result<Pending> {
         let mut command = self.haul_command()?;
-        command.args(["migrate", container, "--from", from, "--to", to, "--wait", "--json"]);
+        command.args(["migrate", container, "--from", from, "--to", to, "--wait", "--json"]).args(arguments);
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().context("start haul")?;
         Ok(Pending(child))
     }

@@ -16,13 +16,13 @@ pub const SOURCE: &str = include_str!("../workloads/dirtier.c");
 /// How long a verification of all memory may take.
 const VERIFY: Duration = Duration::from_secs(60);
 
-/// Compiles the program, without any library that an image would have to hold.
+/// Compiles a workload's program, without any library that an image would have to hold.
 ///
 /// # Errors
 /// The compiler is missing or refuses.
-pub(crate) fn compile(to: &Path) -> Result<()> {
+pub(crate) fn compile(program: &str, to: &Path) -> Result<()> {
     let source = to.with_extension("c");
-    std::fs::write(&source, SOURCE)?;
+    std::fs::write(&source, program)?;
     finish(
         Command::new("cc")
             .args(["-static", "-O2", "-pthread", "-Wall", "-Werror", "-o"])

@@ -24,11 +24,12 @@ const FIRST_CONTAINER: u8 = 100;
 pub struct FleetBuilder {
     hosts: u8,
     without_images: Vec<usize>,
+    experimental: bool,
 }
 
 impl Default for FleetBuilder {
     fn default() -> Self {
-        Self { hosts: 2, without_images: Vec::new() }
+        Self { hosts: 2, without_images: Vec::new(), experimental: false }
     }
 }
 
@@ -44,6 +45,13 @@ impl FleetBuilder {
     #[must_use]
     pub fn without_images(mut self, host: usize) -> Self {
         self.without_images.push(host);
+        self
+    }
+
+    /// The engines get their experimental features, of which `docker checkpoint` is one.
+    #[must_use]
+    pub fn experimental(mut self) -> Self {
+        self.experimental = true;
         self
     }
 
@@ -86,6 +94,7 @@ impl FleetBuilder {
                 address: fleet.segment.subnet.address(FIRST_HOST + index),
                 directory: fleet.directory.join(format!("host-{letter}")),
                 runtime: &runtime,
+                experimental: self.experimental,
             })?;
             fleet.hosts.push(host);
         }
@@ -183,6 +192,27 @@ impl Fleet {
     #[must_use]
     pub fn container_address(&self, index: u8) -> Ipv4Addr {
         self.segment.subnet.address(FIRST_CONTAINER.saturating_add(index))
+    }
+
+    /// Cuts a host off from all others: NATS, bulk streams and its containers' clients. Its engine's socket still
+    /// answers, since that is a file of this machine.
+    ///
+    /// # Errors
+    /// `ip` failed.
+    pub fn cut_off(&self, host: usize) -> Result<()> {
+        self.segment.plug(self.letter(host)?, false)
+    }
+
+    /// Undoes [`Fleet::cut_off`].
+    ///
+    /// # Errors
+    /// `ip` failed.
+    pub fn reconnect(&self, host: usize) -> Result<()> {
+        self.segment.plug(self.letter(host)?, true)
+    }
+
+    fn letter(&self, host: usize) -> Result<char> {
+        self.host(host).name().chars().last().context("a host without a letter")
     }
 
     /// The NATS server.

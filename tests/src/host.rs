@@ -1,5 +1,6 @@
 //! One Docker host of the fleet: network namespace, mount namespace, Docker engine.
 
+use crate::cgroups;
 use crate::net::Segment;
 use crate::process::{Daemon, feed, finish, tail};
 use crate::wait;
@@ -36,12 +37,13 @@ pub(crate) struct Plan<'a> {
     pub(crate) address: Ipv4Addr,
     pub(crate) directory: PathBuf,
     pub(crate) runtime: &'a Path,
+    pub(crate) experimental: bool,
 }
 
 impl Host {
     /// Makes the namespaces and starts the engine; it does not wait for the engine (see [`Host::wait_ready`]).
     pub(crate) fn start(plan: &Plan<'_>) -> Result<Self> {
-        let Plan { segment, letter, address, directory, runtime } = plan;
+        let Plan { segment, letter, address, directory, runtime, experimental } = plan;
         let name = format!("host-{letter}");
         let netns = segment.netns(*letter);
         std::fs::create_dir_all(directory).with_context(|| format!("make {}", directory.display()))?;
@@ -52,7 +54,8 @@ impl Host {
         command
             .arg(format!("--net=/run/netns/{netns}"))
             .args(["unshare", "--mount", "--propagation", "private", "sh", "-c"])
-            .args(["mount -t tmpfs -o mode=755 tmpfs /run && exec dockerd \"$@\"", "dockerd"])
+            .arg(format!("{} && exec dockerd \"$@\"", cgroups::own_run()))
+            .arg("dockerd")
             .arg("--config-file")
             .arg(directory.join("daemon.json"))
             .arg("--data-root")
@@ -64,11 +67,10 @@ impl Host {
             .arg(format!("--host=unix://{}/docker.sock", directory.display()))
             .arg(format!("--containerd-namespace={name}"))
             .arg(format!("--containerd-plugins-namespace={name}-plugins"))
-            // The janitor finds the containers' processes by this.
-            .arg(format!("--cgroup-parent=/{}/{name}", segment.name))
+            .args(cgroups::engine_arguments(&segment.name, *letter))
             .arg(format!("--add-runtime=haul={}", runtime.display()))
             .args(["--storage-driver=overlay2", "--shutdown-timeout=1", "--log-level=warn"]);
-        std::fs::write(directory.join("daemon.json"), "{}\n")?;
+        std::fs::write(directory.join("daemon.json"), format!("{{ \"experimental\": {experimental} }}\n"))?;
         let log = directory.join("dockerd.log");
         let engine = Daemon::start(&format!("dockerd of {name}"), &segment.name, command, &log)?;
         Ok(Self {
@@ -92,7 +94,7 @@ impl Host {
         .with_context(|| format!("the engine's log ends:\n{}", tail(&self.engine.output(), 20)))
     }
 
-    /// Makes the network [`LAN`] on the fleet's bridge.
+    /// Makes the network [`LAN`] on the fleet's segment.
     pub(crate) fn make_lan(&self, subnet: &str, gateway: Ipv4Addr) -> Result<()> {
         self.docker(&[
             "network",
@@ -116,7 +118,7 @@ impl Host {
         &self.name
     }
 
-    /// Its address on the fleet's bridge.
+    /// Its address on the fleet's segment.
     #[must_use]
     pub fn address(&self) -> Ipv4Addr {
         self.address
@@ -228,6 +230,26 @@ impl Host {
         Ok(status == "running")
     }
 
+    /// Whether the cgroup of a running container is frozen.
+    ///
+    /// # Errors
+    /// There is no such container or it does not run.
+    pub fn is_frozen(&self, container: &str) -> Result<bool> {
+        let groups = std::fs::read_to_string(format!("/proc/{}/cgroup", self.init_pid(container)?))?;
+        let groups =
+            groups.lines().filter_map(|line| line.splitn(3, ':').skip(1).collect::<Vec<_>>().try_into().ok());
+        let state = |[kind, path]: [&str; 2]| match kind {
+            "freezer" => Some((format!("/sys/fs/cgroup/freezer{path}/freezer.state"), "FROZEN")),
+            "" => Some((format!("/sys/fs/cgroup{path}/cgroup.events"), "frozen 1")),
+            _ => None,
+        };
+        // Where there is a hierarchy of version 1 for it, the unified one has no freezer.
+        let said = groups
+            .filter_map(state)
+            .find_map(|(file, word)| std::fs::read_to_string(file).ok().map(|text| text.contains(word)));
+        said.with_context(|| format!("{container} is in no cgroup that could be frozen"))
+    }
+
     /// The process id, on the machine, of a running container's init.
     ///
     /// # Errors
@@ -246,7 +268,7 @@ fn ping(socket: &Path) -> bool {
     let Ok(mut stream) = UnixStream::connect(socket) else { return false };
     let mut answer = String::new();
     stream.write_all(b"GET /_ping HTTP/1.0\r\nHost: docker\r\n\r\n").is_ok()
-        && stream.set_read_timeout(Some(Duration::from_secs(2))).is_ok()
+        && stream.set_read_timeout(Some(wait::limit(Duration::from_secs(2)))).is_ok()
         && stream.read_to_string(&mut answer).is_ok()
         && answer.split_whitespace().nth(1) == Some("200")
 }

@@ -3,6 +3,7 @@
 //! All are in one archive as `docker load` reads it, built by hand: its content decides the image ids, so that every
 //! host of every fleet has the same ones, as if pulled from a registry.
 
+use crate::bench::writer;
 use crate::dirtier;
 use crate::host::Host;
 use crate::process::{finish, run};
@@ -21,6 +22,8 @@ pub const REDIS: &str = "haul-test/redis";
 pub const BUSYBOX: &str = "haul-test/busybox";
 /// The self-checking program of [`mod@dirtier`] on top of busybox.
 pub const DIRTIER: &str = "haul-test/dirtier";
+/// The benchmarks' workload of [`mod@writer`] on top of busybox.
+pub const WRITER: &str = "haul-test/writer";
 
 /// What `deploy/setup` has unpacked.
 const REDIS_ROOT: &str = "/opt/haulage/images/redis";
@@ -58,7 +61,7 @@ pub fn archive() -> Result<PathBuf> {
 /// Names what the archive is made from, so that a change of it makes another archive.
 fn recipe() -> Result<String> {
     let mut hash = Sha256::new();
-    for text in [include_str!("image.rs"), dirtier::SOURCE] {
+    for text in [include_str!("image.rs"), dirtier::SOURCE, writer::SOURCE] {
         hash.update(text);
     }
     for program in [BUSYBOX_PROGRAM, &format!("{REDIS_ROOT}/bin/redis-server")] {
@@ -83,19 +86,24 @@ fn build(work: &Path, archive: &Path) -> Result<()> {
 
     let dirtier_root = work.join("dirtier-root");
     fs::create_dir_all(dirtier_root.join("bin"))?;
-    dirtier::compile(&dirtier_root.join("bin/dirtier"))?;
+    dirtier::compile(dirtier::SOURCE, &dirtier_root.join("bin/dirtier"))?;
+    let writer_root = work.join("writer-root");
+    fs::create_dir_all(writer_root.join("bin"))?;
+    dirtier::compile(writer::SOURCE, &writer_root.join("bin/writer"))?;
 
     let out = work.join("archive");
     fs::create_dir_all(&out)?;
     let base = Layer::pack(&out, "busybox", &busybox)?;
     let redis = Layer::pack(&out, "redis", Path::new(REDIS_ROOT))?;
     let dirtier = Layer::pack(&out, "dirtier", &dirtier_root)?;
+    let writer = Layer::pack(&out, "writer", &writer_root)?;
     let redis_command =
         ["redis-server", "--save", "", "--appendonly", "no", "--protected-mode", "no", "--bind", "0.0.0.0"];
     let manifest = [
         image(&out, BUSYBOX, &[&base], &["sh"])?,
         image(&out, REDIS, &[&base, &redis], &redis_command)?,
         image(&out, DIRTIER, &[&base, &dirtier], &["dirtier"])?,
+        image(&out, WRITER, &[&base, &writer], &["writer"])?,
     ];
     fs::write(out.join("manifest.json"), serde_json::to_vec(&manifest)?)?;
     let packed = work.join("images.tar");

@@ -24,14 +24,17 @@ done
 pids() {
     {
         grep -lsz "^HAULAGE_FLEET=$name\$" /proc/[0-9]*/environ
-        grep -ls "[:/]$name\(/\|\$\)" /proc/[0-9]*/cgroup
+        grep -ls "[:/]$name\(\.slice\)\?\(/\|\$\)" /proc/[0-9]*/cgroup
         # CRIU writes its title over its environment, and is in no cgroup of the fleet; its files are the fleet's.
         grep -lsx criu /proc/[0-9]*/comm | while read -r comm; do
             ! ls -l "${comm%comm}fd" 2>/dev/null | grep -q -e "-> $dir/" || echo "$comm"
         done
     } | sed 's,[^/]*$,status,' | xargs -r grep -Ls '^State:.Z' | sed 's,/proc/\([0-9]*\)/.*,\1,' | grep -vx "$$"
 }
-cgroups() { find /sys/fs/cgroup -depth -type d \( -path "*/$name" -o -path "*/$name/*" \) 2>/dev/null; }
+cgroups() {
+    find /sys/fs/cgroup -depth -type d \( -path "*/$name" -o -path "*/$name/*" -o -path "*/$name.slice" \
+        -o -path "*/$name.slice/*" \) 2>/dev/null
+}
 
 round=0
 while [ "$round" -lt 200 ]; do
@@ -51,15 +54,19 @@ done
 for netns in /run/netns/"$name"-*; do
     [ ! -e "$netns" ] || ip netns delete "${netns##*/}" || echo "network namespace $netns is left"
 done
-# A namespace without a name lives on while a TCP connection that was cut in it still tries to say goodbye, for a
-# minute or two, and its links would with it.
-for link in /sys/class/net/"$name"-*; do
-    [ ! -e "$link" ] || ip link delete "${link##*/}" || echo "link ${link##*/} is left"
-done
-[ ! -e "/sys/class/net/$name" ] || ip link delete "$name" || echo "bridge $name is left"
+# A host's namespace without its name lives on while a TCP connection that was cut in it still tries to say goodbye, for
+# a minute or two. No link is left of it: the other ends are in the switch, which has no connections. This one would go
+# with the switch too, but only some moments later, and perhaps while it is looked at.
+link=/sys/class/net/$name
+[ ! -e "$link" ] || ip link delete "$name" 2>/dev/null || [ ! -e "$link" ] || echo "link $name is left"
 
 awk -v dir="$dir" '$5 == dir || index($5, dir "/") == 1 { print $5 }' /proc/self/mountinfo | sort -r |
     while read -r mount; do umount "$mount" || echo "mount $mount is left"; done
+
+# Those that systemd has made are systemd's to remove, and the slice of all fleets with the last of them.
+slices=/sys/fs/cgroup/haul.slice
+[ ! -e "$slices/$name.slice" ] || systemctl stop "$name.slice" || echo "slice $name.slice is left"
+[ ! -e "$slices" ] || [ -n "$(find "$slices" -mindepth 1 -type d)" ] || systemctl stop haul.slice
 
 # A cgroup can stay busy for some milliseconds after its last process is gone.
 round=0

@@ -55,7 +55,9 @@ impl Snapshot {
             all.extend(line.split(' ').nth(4).map(|point| format!("mount {point}")));
         }
         for line in run("ip", &["-o", "link"])?.lines() {
-            all.extend(line.split(": ").nth(1).map(|name| format!("link {name}")));
+            // A link whose other end is in another namespace is told as `name@number`.
+            let name = line.split(": ").nth(1).and_then(|name| name.split('@').next());
+            all.extend(name.map(|name| format!("link {name}")));
         }
         add_cgroups(Path::new("/sys/fs/cgroup"), &mut all);
         add_processes(&mut all)?;

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!              root namespace: clients, coordinators, the nats-server
-//!                                  |
-//!            bridge haul-XXXX ─────┴───── 10.64.0.0/10, one /24 for each fleet
+//!                                  | haul-XXXX
+//!          netns …-switch: bridge ───┴─── 10.64.0.0/10, one /24 for each fleet
 //!              |                     |
 //!      netns …-a (host-a)     netns …-b (host-b)         each with its own mount namespace
 //!        dockerd, services      dockerd, services         and its own Docker engine
@@ -13,6 +13,8 @@
 //! Everything is real: Docker engines, CRIU, a NATS server with JetStream, the services as separate processes. A
 //! [`Fleet`] removes all it made when dropped, and also when its process is killed (see [`mod@janitor`]).
 
+pub mod bench;
+mod cgroups;
 pub mod cli;
 pub mod dirtier;
 pub mod fleet;

@@ -1,7 +1,7 @@
 //! The fleet's NATS server, and a view of what is said on it.
 
 use crate::process::Daemon;
-use crate::wait;
+use crate::wait::{self, limit};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -76,6 +76,19 @@ impl NatsServer {
         Ok(())
     }
 
+    /// Sends a request of any kind, as a stranger might, and gives the first answer.
+    ///
+    /// # Errors
+    /// None comes within `limit`, or it is not JSON.
+    pub fn request(&self, subject: &str, payload: &[u8], limit: Duration) -> Result<Value> {
+        let inbox = format!("_INBOX.{}", std::process::id());
+        let mut answers = self.subscribe(&inbox)?;
+        write!(answers.0.writer, "PUB {subject} {inbox} {}\r\n", payload.len())?;
+        answers.0.writer.write_all(payload)?;
+        answers.0.writer.write_all(b"\r\n")?;
+        answers.next(limit).with_context(|| format!("no answer to a request on {subject}"))
+    }
+
     /// Subscribes to a subject; messages published from now on are seen.
     ///
     /// # Errors
@@ -118,7 +131,7 @@ impl Subscription {
     /// # Errors
     /// None comes within `limit`, it is not JSON, or the connection is lost.
     pub fn next(&mut self, limit: Duration) -> Result<Value> {
-        let deadline = Instant::now() + limit;
+        let deadline = Instant::now() + self::limit(limit);
         loop {
             let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
             self.0.writer.set_read_timeout(Some(left))?;
@@ -138,8 +151,8 @@ struct Connection {
 
 impl Connection {
     fn open(address: SocketAddr) -> Result<Self> {
-        let writer = TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
-        writer.set_read_timeout(Some(Duration::from_secs(2)))?;
+        let writer = TcpStream::connect_timeout(&address, limit(Duration::from_secs(2)))?;
+        writer.set_read_timeout(Some(limit(Duration::from_secs(2))))?;
         let mut connection = Self { reader: BufReader::new(writer.try_clone()?), writer };
         let greeting = connection.line()?;
         if !greeting.starts_with("INFO ") || !greeting.contains("\"jetstream\":true") {

@@ -1,4 +1,8 @@
-//! The fleet's network: a bridge in the root namespace and one namespace for each host.
+//! The fleet's network: a switch (a bridge in a namespace of its own), to which every host and the root namespace are
+//! joined.
+//!
+//! The bridge is not in the root namespace because what it forwards would pass that one's packet filter: with an
+//! engine of its own the machine has `br_netfilter` and drops what its filter does not know.
 
 use crate::process::run;
 use anyhow::{Result, bail};
@@ -26,13 +30,18 @@ impl Subnet {
     }
 }
 
-/// Where the bridge itself is: the clients' address, the NATS server's, and the containers' gateway.
+/// Where the root namespace is: the clients' address, the NATS server's, and the containers' gateway.
 pub const GATEWAY: u8 = 1;
 
-/// A bridge with a name and a subnet that nothing else uses.
+/// The last part of the name of the switch's namespace.
+const SWITCH: &str = "switch";
+/// The bridge in it.
+const BRIDGE: &str = "bridge";
+
+/// A segment of Ethernet with a name and a subnet that nothing else uses.
 #[derive(Debug)]
 pub struct Segment {
-    /// The bridge's name, which is the fleet's name too: `haul-` and four hexadecimal digits.
+    /// The name of the root namespace's link to it, which is the fleet's name too: `haul-` and four hexadecimal digits.
     pub name: String,
     /// Its subnet.
     pub subnet: Subnet,
@@ -58,38 +67,57 @@ impl Segment {
         let routes = run("ip", &["-4", "-o", "route", "show", "table", "all"])?;
         let used: HashSet<&str> = routes.split_whitespace().collect();
         for candidate in Self::candidates() {
-            let bridge = std::path::Path::new("/sys/class/net").join(&candidate.name);
-            if !used.contains(candidate.subnet.cidr().as_str()) && !bridge.exists() {
+            let link = std::path::Path::new("/sys/class/net").join(&candidate.name);
+            if !used.contains(candidate.subnet.cidr().as_str()) && !link.exists() {
                 return Ok(candidate);
             }
         }
         bail!("no free /24 in 10.64.0.0/10")
     }
 
-    /// Makes the bridge. The kernel refuses a name that is taken, so two fleets never share one.
+    /// Makes the switch and joins the root namespace to it. The kernel refuses names that are taken, so two fleets
+    /// never share one.
     ///
     /// # Errors
-    /// `ip` failed; a bridge half made is the janitor's to remove.
+    /// `ip` failed; a switch half made is the janitor's to remove.
     pub fn create(&self) -> Result<()> {
-        ip(&["link", "add", &self.name, "type", "bridge"])?;
+        let switch = self.switch();
+        ip(&["netns", "add", &switch])?;
+        ip(&["-n", &switch, "link", "add", BRIDGE, "type", "bridge"])?;
+        ip(&["-n", &switch, "link", "set", BRIDGE, "up"])?;
+        ip(&["link", "add", &self.name, "type", "veth", "peer", "name", "root", "netns", &switch])?;
+        ip(&["-n", &switch, "link", "set", "root", "master", BRIDGE, "up"])?;
         ip(&["addr", "add", &format!("{}/24", self.subnet.address(GATEWAY)), "dev", &self.name])?;
         ip(&["link", "set", &self.name, "up"])
     }
 
-    /// Makes the network namespace `<name>-<letter>`, joined to the bridge by its `eth0` with the given address.
+    /// Makes the network namespace `<name>-<letter>`, joined to the switch by its `eth0` with the given address.
     ///
     /// # Errors
     /// `ip` failed; what was made is the janitor's to remove.
     pub fn add_host(&self, letter: char, address: Ipv4Addr) -> Result<()> {
-        let netns = self.netns(letter);
-        let outer = format!("{}-{letter}", self.name);
+        let (switch, netns, cable) = (self.switch(), self.netns(letter), cable(letter));
         ip(&["netns", "add", &netns])?;
-        ip(&["link", "add", &outer, "type", "veth", "peer", "name", "eth0", "netns", &netns])?;
-        ip(&["link", "set", &outer, "master", &self.name, "up"])?;
+        ip(&["-n", &switch, "link", "add", &cable, "type", "veth", "peer", "name", "eth0", "netns", &netns])?;
+        ip(&["-n", &switch, "link", "set", &cable, "master", BRIDGE, "up"])?;
         ip(&["-n", &netns, "addr", "add", &format!("{address}/24"), "dev", "eth0"])?;
         ip(&["-n", &netns, "link", "set", "eth0", "up"])?;
         ip(&["-n", &netns, "link", "set", "lo", "up"])?;
         ip(&["-n", &netns, "route", "add", "default", "via", &self.subnet.address(GATEWAY).to_string()])
+    }
+
+    /// Pulls the cable between a host and the switch, or plugs it in again.
+    ///
+    /// # Errors
+    /// `ip` failed.
+    pub fn plug(&self, letter: char, plugged: bool) -> Result<()> {
+        let state = if plugged { "up" } else { "down" };
+        ip(&["-n", &self.switch(), "link", "set", &cable(letter), state])
+    }
+
+    /// The name of the switch's network namespace.
+    fn switch(&self) -> String {
+        format!("{}-{SWITCH}", self.name)
     }
 
     /// The name of a host's network namespace.
@@ -97,6 +125,11 @@ impl Segment {
     pub fn netns(&self, letter: char) -> String {
         format!("{}-{letter}", self.name)
     }
+}
+
+/// The switch's end of the link to a host.
+fn cable(letter: char) -> String {
+    format!("host-{letter}")
 }
 
 fn ip(arguments: &[&str]) -> Result<()> {

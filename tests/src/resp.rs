@@ -1,5 +1,6 @@
 //! The Redis protocol, as far as the load clients need it, over one connection that is never made anew.
 
+use crate::wait::limit;
 use anyhow::{Context, Result, bail};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -32,13 +33,13 @@ impl Client {
     /// Connects.
     ///
     /// # Errors
-    /// No connection within two seconds.
+    /// No connection within two seconds (see [`limit`]).
     pub fn connect(address: SocketAddr) -> Result<Self> {
-        let writer = TcpStream::connect_timeout(&address, Duration::from_secs(2))
+        let writer = TcpStream::connect_timeout(&address, limit(Duration::from_secs(2)))
             .with_context(|| format!("connect to {address}"))?;
         writer.set_nodelay(true)?;
-        writer.set_read_timeout(Some(PATIENCE))?;
-        writer.set_write_timeout(Some(PATIENCE))?;
+        writer.set_read_timeout(Some(limit(PATIENCE)))?;
+        writer.set_write_timeout(Some(limit(PATIENCE)))?;
         Ok(Self { reader: BufReader::new(writer.try_clone()?), writer })
     }
 
@@ -56,14 +57,17 @@ impl Client {
     /// # Errors
     /// The connection failed.
     pub fn send(&mut self, command: &[&[u8]]) -> Result<()> {
-        let mut frame = Vec::with_capacity(64 + command.iter().map(|part| part.len() + 16).sum::<usize>());
-        write!(frame, "*{}\r\n", command.len())?;
-        for part in command {
-            write!(frame, "${}\r\n", part.len())?;
-            frame.extend_from_slice(part);
-            frame.extend_from_slice(b"\r\n");
-        }
-        self.writer.write_all(&frame).context("send a command")
+        let mut bytes = Vec::new();
+        frame(&mut bytes, command);
+        self.send_frames(&bytes)
+    }
+
+    /// Sends commands that [`frame`] has put together.
+    ///
+    /// # Errors
+    /// The connection failed.
+    pub fn send_frames(&mut self, frames: &[u8]) -> Result<()> {
+        self.writer.write_all(frames).context("send commands")
     }
 
     /// Waits for the next answer.
@@ -113,6 +117,17 @@ impl Client {
             }
         }
         Ok(())
+    }
+}
+
+/// Appends a command as it goes over the wire.
+pub fn frame(to: &mut Vec<u8>, command: &[&[u8]]) {
+    to.reserve(64 + command.iter().map(|part| part.len() + 16).sum::<usize>());
+    to.extend_from_slice(format!("*{}\r\n", command.len()).as_bytes());
+    for part in command {
+        to.extend_from_slice(format!("${}\r\n", part.len()).as_bytes());
+        to.extend_from_slice(part);
+        to.extend_from_slice(b"\r\n");
     }
 }
 

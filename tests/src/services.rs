@@ -50,7 +50,7 @@ impl Services {
                 all.start_service(fleet, index, *service)?;
             }
         }
-        all.start_coordinator(fleet)?;
+        all.start_coordinator(fleet, &[])?;
         all.wait_announced(fleet)?;
         Ok(all)
     }
@@ -67,14 +67,14 @@ impl Services {
         Ok(())
     }
 
-    /// Starts one more coordinator, in the root namespace, and gives its index.
+    /// Starts one more coordinator, in the root namespace, with these arguments, and gives its index.
     ///
     /// # Errors
     /// It could not be started.
-    pub fn start_coordinator(&mut self, fleet: &Fleet) -> Result<usize> {
+    pub fn start_coordinator(&mut self, fleet: &Fleet, arguments: &[&str]) -> Result<usize> {
         let index = self.coordinators.len();
         let mut command = Command::new(program(fleet.binaries(), "haul-coordinator")?);
-        command.args(["--nats", &fleet.nats()?.url()]);
+        command.args(["--nats", &fleet.nats()?.url()]).args(arguments);
         let log = fleet.directory().join(format!("haul-coordinator-{index}.log"));
         self.coordinators.push(Some(Daemon::start("haul-coordinator", fleet.name(), command, &log)?));
         Ok(index)
@@ -231,12 +231,12 @@ impl Fleet {
         })
     }
 
-    /// Starts one more coordinator and gives its index.
+    /// Starts one more coordinator, with these arguments, and gives its index.
     ///
     /// # Errors
     /// It could not be started.
-    pub fn add_coordinator(&mut self) -> Result<usize> {
-        self.with_services(Services::start_coordinator)
+    pub fn add_coordinator(&mut self, arguments: &[&str]) -> Result<usize> {
+        self.with_services(|services, fleet| services.start_coordinator(fleet, arguments))
     }
 
     fn with_services<T>(&mut self, act: impl FnOnce(&mut Services, &Self) -> Result<T>) -> Result<T> {
@@ -253,7 +253,7 @@ impl Fleet {
     pub fn replace_coordinator(&mut self, index: usize) -> Result<usize> {
         self.with_services(|services, fleet| {
             services.kill_coordinator(index)?;
-            services.start_coordinator(fleet)
+            services.start_coordinator(fleet, &[])
         })
     }
 }

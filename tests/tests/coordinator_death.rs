@@ -7,10 +7,10 @@ use haulage_tests::scenario::{Redis, nothing_left_on, only_on, system};
 use std::time::Duration;
 
 /// The phases in which a coordinator can die, in their order. Those of undo occur after a death in some of these.
-const PHASES: [&str; 18] = [
+const PHASES: [&str; 20] = [
     // First, because it is gone through only while the target lacks the image.
     "image", "locate", "inspect", "check", "reserve", "create", "open", "files", "track", "pre_copy",
-    "freeze", "switch", "ship", "restore", "verify", "commit", "retire", "clean",
+    "prepare", "settle", "freeze", "switch", "ship", "restore", "verify", "commit", "retire", "clean",
 ];
 
 /// How long a phase may be in coming.

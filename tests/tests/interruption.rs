@@ -62,9 +62,9 @@ impl Drop for Demo {
 fn a_demo_killed_at_its_start_leaves_nothing() -> Result<()> {
     let before = Snapshot::take()?;
     let demo = Demo::start()?;
-    let bridge = format!("link {}", demo.fleet);
+    let link = format!("link {}", demo.fleet);
     ensure!(
-        Snapshot::take()?.added_since(&before, &demo.fleet).contains(&bridge),
+        Snapshot::take()?.added_since(&before, &demo.fleet).contains(&link),
         "a snapshot does not see the fleet"
     );
     demo.kill_and_check(&before)

@@ -1,9 +1,12 @@
 //! A Redis moves there and back while clients use it, and stays an ordinary container.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use haulage_tests::Host;
+use haulage_tests::bench::probe::Probe;
 use haulage_tests::fleet::Fleet;
 use haulage_tests::image;
-use haulage_tests::resp::{Answer, Client};
+use haulage_tests::load::wait_for_server;
+use haulage_tests::resp::{Answer, Client, PATIENCE};
 use haulage_tests::scenario::{Redis, nothing_left_on, only_on, system};
 use serde_json::Value;
 
@@ -24,6 +27,20 @@ fn a_redis_moves_there_and_back_under_load() -> Result<()> {
         ensure!(size == Answer::Number(2), "the data is not whole: {size:?}");
         println!("longest gap {:?}", redis.finish()?);
         Ok(())
+    })
+}
+
+#[test]
+fn clients_that_connect_all_the_time_do_not_stop_a_move() -> Result<()> {
+    system(&Fleet::builder(), |fleet| {
+        let redis = Redis::start(fleet, 0, "web", 0, &[])?;
+        // Some of its connections always wait to be accepted when the container is frozen.
+        let newcomer = Probe::reconnecting(redis.server())?;
+        newcomer.progress(100, PATIENCE)?;
+        fleet.migrate("web", 0, 1)?.committed()?;
+        newcomer.progress(100, PATIENCE)?;
+        redis.carries_on()?;
+        redis.finish().map(drop)
     })
 }
 
@@ -66,12 +83,14 @@ fn a_moved_container_is_an_ordinary_container() -> Result<()> {
         ensure!(target.docker(&["logs", "web"])?.starts_with(&logged), "the log has not come along");
         ensure!(target.docker(&["exec", "web", "sh", "-c", "echo $COLOUR; hostname"])? == "blue\ncache-1");
         redis.finish()?;
+        in_its_own_cgroup(target, "web")?;
 
         let pid = target.init_pid("web")?;
         target.docker(&["restart", "--time", "5", "web"])?;
         ensure!(target.init_pid("web")? != pid, "restart did not start a new process");
-        let fresh = Client::connect(std::net::SocketAddr::from((fleet.container_address(0), 6379)))?
-            .call(&[b"GET", b"count"])?;
+        let server = std::net::SocketAddr::from((fleet.container_address(0), 6379));
+        wait_for_server(server)?;
+        let fresh = Client::connect(server)?.call(&[b"GET", b"count"])?;
         ensure!(fresh == Answer::Value(None), "a restart brought the moved state back: {fresh:?}");
         target.docker(&["stop", "--time", "5", "web"])?;
         ensure!(!target.is_running("web")?);
@@ -81,6 +100,23 @@ fn a_moved_container_is_an_ordinary_container() -> Result<()> {
     })
 }
 
+/// Fails unless the container's first process is in the cgroup that the host's engine has made for it, with the limit
+/// that it was run with.
+fn in_its_own_cgroup(host: &Host, container: &str) -> Result<()> {
+    let id = host.docker(&["container", "inspect", "--format", "{{.Id}}", container])?;
+    let groups = std::fs::read_to_string(format!("/proc/{}/cgroup", host.init_pid(container)?))?;
+    let path_in = |hierarchy: &str| groups.lines().find_map(|line| Some(line.split_once(hierarchy)?.1));
+    let (path, limit) = match (path_in(":memory:"), path_in("0::")) {
+        (Some(path), _) => (path, format!("/sys/fs/cgroup/memory{path}/memory.limit_in_bytes")),
+        (None, Some(path)) => (path, format!("/sys/fs/cgroup{path}/memory.max")),
+        (None, None) => bail!("no cgroup: {groups}"),
+    };
+    ensure!(path.contains(&id), "{container} ({id}) is in other cgroups:\n{groups}");
+    let limit = std::fs::read_to_string(limit)?;
+    ensure!(limit.trim() == (300 << 20).to_string(), "the limit is {limit}");
+    Ok(())
+}
+
 #[test]
 fn a_confined_container_moves_and_stays_confined() -> Result<()> {
     system(&Fleet::builder(), |fleet| {
@@ -88,9 +124,13 @@ fn a_confined_container_moves_and_stays_confined() -> Result<()> {
         let redis = Redis::start(fleet, 0, "web", 0, &arguments)?;
         let confined = ["Seccomp:\t2", "CapEff:\t0000000000000000", "NoNewPrivs:\t1"];
         ensure_status(fleet, 0, &confined)?;
+        let profile = apparmor_profile(fleet, 0)?;
         fleet.migrate("web", 0, 1)?.committed()?;
         redis.carries_on()?;
         ensure_status(fleet, 1, &confined)?;
+        let after = apparmor_profile(fleet, 1)?;
+        ensure!(after == profile, "confined by {after:?}, before the move by {profile:?}");
+        println!("AppArmor profile: {profile:?}");
         redis.finish().map(drop)
     })
 }
@@ -127,6 +167,13 @@ fn ensure_status(fleet: &Fleet, host: usize, lines: &[&str]) -> Result<()> {
     let status = std::fs::read_to_string(format!("/proc/{}/status", fleet.host(host).init_pid("web")?))?;
     ensure!(lines.iter().all(|line| status.contains(line)), "not confined by {lines:?}:\n{status}");
     Ok(())
+}
+
+/// The AppArmor profile that confines the container; none where the machine has no AppArmor.
+fn apparmor_profile(fleet: &Fleet, host: usize) -> Result<Option<String>> {
+    let file = format!("/proc/{}/attr/apparmor/current", fleet.host(host).init_pid("web")?);
+    // Without AppArmor the file is not there, or cannot be read.
+    Ok(std::fs::read_to_string(file).ok().map(|profile| profile.trim_end().to_owned()))
 }
 
 fn has_sys_resource() -> Result<bool> {

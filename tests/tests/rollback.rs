@@ -9,8 +9,8 @@ use serde_json::Value;
 use std::path::Path;
 use std::time::Duration;
 
-/// Puts another CRIU in the place of the host's own, in its mount namespace only. It dies in every restore, which it
-/// knows by who started it; for all else it is the real one.
+/// Puts another CRIU in the place of the host's own, in its mount namespace only. It dies when runc has it restore what
+/// has arrived, which it knows by who started it and by what lies there; for all else it is the real one.
 const BREAK: &str = r#"
 set -e
 real=$(readlink -f "$(command -v criu)")
@@ -18,7 +18,7 @@ cp "$real" "$1/criu.real"
 cat > "$1/criu.broken" <<END
 #!/bin/sh
 case "\$(tr '\0' ' ' < /proc/\$PPID/cmdline)" in
-*runc*restore*) exit 1 ;;
+*runc*restore*) [ -z "\$(find "$1" -path '*/complete/inventory.img')" ] || exit 1 ;;
 esac
 exec "$1/criu.real" "\$@"
 END

@@ -28,7 +28,7 @@ pub(crate) async fn commit(
     ask: Commit,
 ) -> Result<Committed, Fault> {
     let dir = service.config.migration_dir(&migration);
-    let Some(notes) = Notes::read(&dir).map_err(fault(RELEASE))? else {
+    let Some(notes) = Notes::load(&dir).await? else {
         // Done before: a commit that is asked for again.
         return Ok(Committed {});
     };
@@ -48,7 +48,7 @@ pub(crate) async fn commit(
             }
         }
     }
-    Notes::remove(&dir).map_err(fault(RELEASE))?;
+    Notes::forget(&dir).await?;
     Ok(Committed {})
 }
 

@@ -1,8 +1,9 @@
 //! How this service's errors look to the coordinator.
 
-use haulage_engine::{EngineError, EngineErrorKind, GatherError, Refusal};
+use haulage_engine::{EngineError, EngineErrorKind, GatherError};
 use haulage_protocol::fault::{Fault, FaultCode, code};
-pub(crate) use haulage_service::failure::{ENGINE, fault, joined};
+use haulage_service::failure;
+pub(crate) use haulage_service::failure::{ENGINE, blocking, fault, joined, refused};
 
 /// Docker has processes in the container that are not of its tree, such as a `docker exec`.
 pub(crate) const EXEC_SESSION: FaultCode = FaultCode::known("exec_session");
@@ -18,25 +19,10 @@ pub(crate) fn engine(error: &EngineError) -> Fault {
         EngineErrorKind::NotFound => {
             Fault::from_error(code::UNKNOWN_CONTAINER, error).remedy("see `docker ps` on the host")
         }
-        EngineErrorKind::Unreachable | EngineErrorKind::Timeout => {
-            Fault::from_error(ENGINE, error).remedy("see whether dockerd runs on the host")
-        }
-        _ => Fault::from_error(ENGINE, error),
+        _ => failure::engine(error),
     }
 }
 
 pub(crate) fn gather(error: &GatherError) -> Fault {
-    match error {
-        GatherError::Engine(error) => engine(error),
-        other => Fault::from_error(ENGINE, other),
-    }
-}
-
-/// The first refusal is the fault; the others are told as its causes, so that all can be mended at once.
-pub(crate) fn refused(refusals: &[Refusal]) -> Result<(), Fault> {
-    let Some((first, others)) = refusals.split_first() else { return Ok(()) };
-    let mut fault =
-        Fault::new(FaultCode::new(first.code.as_str()), first.message.clone()).remedy(first.remedy.clone());
-    fault.causes = others.iter().map(|other| format!("also refused: {other}")).collect();
-    Err(fault)
+    failure::gather(error, engine)
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use haulage_criu::mask::{DEFAULT_PARENT, PagemapMask};
+use haulage_criu::quiet;
 use haulage_engine::{Captured, ContainerSpec, Engine, RestartPolicy, capture};
 use haulage_pages::maps::Maps;
 use haulage_pages::process::{self, Process};
@@ -15,8 +16,10 @@ use haulage_protocol::id::MigrationId;
 use haulage_protocol::unit::Micros;
 use haulage_service::now;
 use haulage_sys::freezer::Freezer;
+use haulage_sys::netns::NetworkNamespace;
 
 use crate::Checkpointer;
+use crate::drift;
 use crate::failure::{self, EXEC_SESSION, FREEZE, fault, joined};
 use crate::hold::{Session, State};
 use crate::inspect::{bundle, volume_root};
@@ -34,7 +37,11 @@ pub(crate) async fn freeze(
     ask: Freeze,
 ) -> Result<Frozen, Fault> {
     let captured = capture(&service.docker, ask.container.as_str()).await.map_err(|e| failure::gather(&e))?;
-    let prepared = {
+    if let Some(inspected) = &ask.spec {
+        let begun = Notes::load(&service.config.migration_dir(&migration)).await?.is_some();
+        drift::refuse(inspected, &captured.spec, begun)?;
+    }
+    let (prepared, silence) = {
         let (service, migration, captured) = (service.clone(), migration.clone(), captured.clone());
         joined(tokio::task::spawn_blocking(move || prepare(&service, &migration, ask, &captured)).await)?
     };
@@ -46,7 +53,7 @@ pub(crate) async fn freeze(
     }
     let (worker, at) = (service.clone(), migration.clone());
     let frozen = tokio::task::spawn_blocking(move || {
-        let frozen = freeze_whole(&prepared, &captured.spec)?;
+        let frozen = freeze_whole(&prepared, &captured.spec, silence)?;
         worker.put(&at, prepared);
         Ok(frozen)
     });
@@ -67,13 +74,18 @@ fn prepare(
     migration: &MigrationId,
     ask: Freeze,
     captured: &Captured,
-) -> Result<Session, Fault> {
+) -> Result<(Session, Silence), Fault> {
     let spec = &captured.spec;
     let bundle = bundle(&spec.id, captured.state.pid)?;
     let volumes =
         spec.volumes().filter(|(_, volume)| !volume.anonymous).map(|(_, volume)| volume.name.clone());
     let dir = service.config.migration_dir(migration);
     let before = Notes::read(&dir).map_err(fault(FREEZE))?;
+    let namespace = quiet::namespace_of(bundle.init_pid).map_err(fault(FREEZE))?;
+    let arp_ignore = match before.as_ref().and_then(|notes| notes.arp_ignore.clone()) {
+        Some(setting) => setting,
+        None => quiet::present(&namespace).map_err(fault(FREEZE))?,
+    };
     let notes = Notes {
         container: ask.container,
         init: bundle.init_pid,
@@ -83,16 +95,24 @@ fn prepare(
         restart_policy: before
             .as_ref()
             .map_or_else(|| spec.restart_policy(), |notes| notes.restart_policy.clone()),
-        arp_ignore: before.and_then(|notes| notes.arp_ignore),
+        arp_ignore: Some(arp_ignore),
         addresses: spec.addresses(),
         volumes: volumes.collect(),
     };
     notes.write(&dir).map_err(fault(FREEZE))?;
     let mask = PagemapMask::prepare(&service.criu, Path::new(DEFAULT_PARENT)).map_err(fault(FREEZE))?;
-    Ok(Session { notes, bundle, state: State::Frozen(mask) })
+    let change = quiet::Change::to_silence(&namespace).map_err(fault(FREEZE))?;
+    Ok((Session { notes, bundle, state: State::Frozen(mask) }, Silence { namespace, change }))
 }
 
-fn freeze_whole(session: &Session, spec: &ContainerSpec) -> Result<Frozen, Fault> {
+/// The container's network, about to be silenced.
+struct Silence {
+    namespace: NetworkNamespace,
+    change: quiet::Change,
+}
+
+/// On an error it runs again, but its network may be silent.
+fn freeze_whole(session: &Session, spec: &ContainerSpec, silence: Silence) -> Result<Frozen, Fault> {
     let freezer = Freezer::open(&session.notes.freezer).map_err(fault(FREEZE))?;
     let began = Instant::now();
     let (at, processes) = loop {
@@ -109,7 +129,9 @@ fn freeze_whole(session: &Session, spec: &ContainerSpec) -> Result<Frozen, Fault
             }
         }
     };
-    match mapped_writable(&processes, spec) {
+    // Before its sockets are dumped: what the kernel acknowledged afterwards would be lost.
+    let silenced = quiet::hush(&silence.namespace, silence.change).map_err(fault(FREEZE));
+    match silenced.and_then(|()| mapped_writable(&processes, spec)) {
         Ok(mapped_writable) => Ok(Frozen {
             at,
             took: Micros::from_duration(began.elapsed()),

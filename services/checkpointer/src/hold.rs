@@ -1,5 +1,6 @@
 //! The dump, and the hold that follows it.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -7,10 +8,11 @@ use std::time::Instant;
 use haulage_criu::dump::{self, DumpRequest};
 use haulage_criu::held::HeldDump;
 use haulage_criu::mask::PagemapMask;
+use haulage_criu::rpc::NetworkLock;
 use haulage_engine::BundleFacts;
 use haulage_pages::maps::Maps;
 use haulage_pages::process;
-use haulage_protocol::checkpointer::{Confirmed, Dumped};
+use haulage_protocol::checkpointer::{Confirmed, Dump, Dumped, Network};
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::MigrationId;
 use haulage_protocol::unit::{Bytes, Micros};
@@ -20,7 +22,9 @@ use crate::Checkpointer;
 use crate::failure::{DUMP, fault, joined};
 use crate::freeze::FREEZE_WITHIN;
 use crate::notes::{DUMP as DUMP_DIR, Notes};
-use crate::quiet;
+
+/// What runc's restore calls the network namespace that the bundle names.
+const RUNC_NETWORK: &str = "extRootNetNS";
 
 /// A container that this process has frozen.
 pub(crate) struct Session {
@@ -38,10 +42,14 @@ pub(crate) enum State {
     Spoilt,
 }
 
-pub(crate) async fn dump(service: Arc<Checkpointer>, migration: MigrationId) -> Result<Dumped, Fault> {
+pub(crate) async fn dump(
+    service: Arc<Checkpointer>,
+    migration: MigrationId,
+    ask: Dump,
+) -> Result<Dumped, Fault> {
     let work = move || {
         let mut session = service.take(&migration).ok_or_else(not_frozen)?;
-        let result = dump_frozen(&service, &migration, &mut session);
+        let result = dump_frozen(&service, &migration, &mut session, ask.network);
         service.put(&migration, session);
         result
     };
@@ -57,6 +65,7 @@ fn dump_frozen(
     service: &Checkpointer,
     migration: &MigrationId,
     session: &mut Session,
+    network: Network,
 ) -> Result<Dumped, Fault> {
     let mask = match std::mem::replace(&mut session.state, State::Spoilt) {
         State::Frozen(mask) => mask,
@@ -72,21 +81,9 @@ fn dump_frozen(
         std::fs::create_dir_all(dir).map_err(fault(DUMP))?;
     }
     let mask = cover(mask, session)?;
-    session.notes.arp_ignore = Some(quiet::present(session.notes.init).map_err(fault(DUMP))?);
-    session.notes.write(&dir).map_err(fault(DUMP))?;
-    let request = request(&session.bundle, images.clone(), work);
-    // CRIU locks packets out for as long as it lives; by the time it holds, so do we.
-    let (hushed, held) = std::thread::scope(|scope| {
-        let hush = scope.spawn(|| quiet::hush(session.notes.init));
-        let held = dump::Dump::start(&service.criu, &request, Some(mask));
-        (hush.join(), held)
-    });
-    let held = held.map_err(fault(DUMP))?;
+    let request = request(&session.bundle, images.clone(), work, network)?;
+    let held = dump::Dump::start(&service.criu, &request, Some(mask)).map_err(fault(DUMP))?;
     session.state = State::Held(held);
-    match hushed {
-        Ok(hushed) => hushed.map_err(fault(DUMP))?,
-        Err(_) => return Err(Fault::new(code::INTERNAL, "the thread that silences the network died")),
-    }
     // CRIU has thawed the cgroup and stops the tasks itself. Should it die, they shall stand still all the same.
     let freezer = Freezer::open(&session.notes.freezer).map_err(fault(DUMP))?;
     freezer.freeze(FREEZE_WITHIN).map_err(fault(DUMP))?;
@@ -111,14 +108,26 @@ fn cover(mut mask: PagemapMask, session: &Session) -> Result<PagemapMask, Fault>
     Ok(mask)
 }
 
-fn request(bundle: &BundleFacts, images: PathBuf, work: PathBuf) -> DumpRequest {
+fn request(
+    bundle: &BundleFacts,
+    images: PathBuf,
+    work: PathBuf,
+    network: Network,
+) -> Result<DumpRequest, Fault> {
     let paths = |names: &[String]| names.iter().map(PathBuf::from).collect();
     let mut request = DumpRequest::new(bundle.init_pid, &bundle.rootfs, images, work);
     request.freeze_cgroup = Some(bundle.cgroup.freezer_dir.clone());
     request.external_mounts = paths(&bundle.external_mounts);
     request.null_masks = paths(&bundle.masked_null);
     request.descriptors.clone_from(&bundle.external_descriptors);
-    request
+    if network == Network::Made {
+        // The network is silenced by ourselves, here and there.
+        request.network_lock = Some(NetworkLock::Skip);
+        let path = format!("/proc/{}/ns/net", bundle.init_pid);
+        let inode = std::fs::metadata(path).map_err(fault(DUMP))?.ino();
+        request.network = dump::Network::External { inode, name: RUNC_NETWORK.to_owned() };
+    }
+    Ok(request)
 }
 
 fn size(dir: &std::path::Path) -> std::io::Result<Bytes> {

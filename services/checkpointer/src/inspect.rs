@@ -24,9 +24,10 @@ pub(crate) async fn locate(service: Arc<Checkpointer>, ask: Locate) -> Result<Lo
     match service.docker.inspect(&ask.container).await {
         Ok(found) => {
             let id = found.id().map_err(failure::fault(failure::ENGINE))?;
-            Ok(Located { container: Some(container_id(id)?) })
+            let name = found.name().map_err(failure::fault(failure::ENGINE))?;
+            Ok(Located { container: Some(container_id(id)?), name: Some(name.to_owned()) })
         }
-        Err(error) if error.is_not_found() => Ok(Located { container: None }),
+        Err(error) if error.is_not_found() => Ok(Located { container: None, name: None }),
         Err(error) => Err(failure::engine(&error)),
     }
 }
@@ -73,6 +74,7 @@ fn describe(
         disk: roots.iter().map(|root| on_disk(Path::new(&root.path))).sum(),
         image_size,
         roots,
+        descriptors: bundle.external_descriptors.clone(),
         mapped_writable: mapped_writable(&processes, spec)?,
     })
 }

@@ -12,13 +12,14 @@
 //! restarted still knows how to roll back.
 
 mod commit;
+mod drift;
 mod failure;
 mod freeze;
 mod hold;
 mod inspect;
 mod notes;
-mod quiet;
 mod roll_back;
+mod throttle;
 
 use std::collections::HashMap;
 use std::error::Error;
@@ -26,7 +27,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use haulage_criu::swrk::Criu;
 use haulage_engine::Docker;
-use haulage_protocol::checkpointer::{Commit, Confirm, Dump, Freeze, Inspect, Locate, RollBack};
+use haulage_protocol::checkpointer::{
+    Commit, Confirm, Dump, Freeze, Inspect, Locate, RollBack, Throttle, Unthrottle,
+};
 use haulage_protocol::id::MigrationId;
 use haulage_service::Shell;
 use haulage_service::config::HostConfig;
@@ -65,15 +68,23 @@ pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>
     shell.facts.insert("criu".to_owned(), version.to_string());
     let service =
         Arc::new(Checkpointer { config: shell.config.clone(), docker, criu, sessions: Mutex::default() });
+    let s = service.clone();
+    tokio::task::spawn_blocking(move || throttle::end_all(&s.config)).await?;
     let server = &mut shell.server;
     let s = service.clone();
     server.answer::<Locate, _, _>(move |_, ask| inspect::locate(s.clone(), ask)).await?;
     let s = service.clone();
     server.answer::<Inspect, _, _>(move |_, ask| inspect::inspect(s.clone(), ask)).await?;
     let s = service.clone();
+    server.answer::<Throttle, _, _>(move |at, ask| throttle::throttle(s.clone(), at.migration, ask)).await?;
+    let s = service.clone();
+    server
+        .answer::<Unthrottle, _, _>(move |at, ask| throttle::unthrottle(s.clone(), at.migration, ask))
+        .await?;
+    let s = service.clone();
     server.answer::<Freeze, _, _>(move |at, ask| freeze::freeze(s.clone(), at.migration, ask)).await?;
     let s = service.clone();
-    server.answer::<Dump, _, _>(move |at, _| hold::dump(s.clone(), at.migration)).await?;
+    server.answer::<Dump, _, _>(move |at, ask| hold::dump(s.clone(), at.migration, ask)).await?;
     let s = service.clone();
     server.answer::<Confirm, _, _>(move |at, _| hold::confirm(s.clone(), at.migration)).await?;
     let s = service.clone();

@@ -5,9 +5,12 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use haulage_engine::RestartPolicy;
+use haulage_protocol::fault::Fault;
 use haulage_protocol::id::ContainerId;
 use haulage_service::notes;
 use serde::{Deserialize, Serialize};
+
+use crate::failure::{RELEASE, blocking, fault};
 
 const FILE: &str = "source.json";
 /// CRIU's images and logs.
@@ -40,8 +43,20 @@ impl Notes {
         notes::read(&dir.join(FILE))
     }
 
+    /// As [`Notes::read`], off the executor.
+    pub(crate) async fn load(dir: &Path) -> Result<Option<Self>, Fault> {
+        let dir = dir.to_owned();
+        blocking(move || Self::read(&dir).map_err(fault(RELEASE))).await
+    }
+
+    /// As [`Notes::remove`], off the executor.
+    pub(crate) async fn forget(dir: &Path) -> Result<(), Fault> {
+        let dir = dir.to_owned();
+        blocking(move || Self::remove(&dir).map_err(fault(RELEASE))).await
+    }
+
     /// Removes them and everything else that this service keeps of the migration.
-    pub(crate) fn remove(dir: &Path) -> io::Result<()> {
+    fn remove(dir: &Path) -> io::Result<()> {
         notes::remove(dir, &[DUMP, FILE])
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use haulage_criu::quiet;
 use haulage_engine::Engine;
 use haulage_pages::process;
 use haulage_protocol::checkpointer::{RollBack, RolledBack};
@@ -18,7 +19,6 @@ use crate::Checkpointer;
 use crate::failure::{self, RELEASE, fault, joined};
 use crate::hold::{Session, State};
 use crate::notes::Notes;
-use crate::quiet;
 
 /// How long CRIU may take to undo a dump.
 const LETS_GO_WITHIN: Duration = Duration::from_secs(60);
@@ -29,7 +29,7 @@ pub(crate) async fn roll_back(
     migration: MigrationId,
     ask: RollBack,
 ) -> Result<RolledBack, Fault> {
-    let notes = Notes::read(&service.config.migration_dir(&migration)).map_err(fault(RELEASE))?;
+    let notes = Notes::load(&service.config.migration_dir(&migration)).await?;
     if notes.is_some_and(|notes| notes.container != ask.container) {
         let message = "the migration was of another container";
         return Err(Fault::new(code::MALFORMED, message));
@@ -40,7 +40,7 @@ pub(crate) async fn roll_back(
 /// The same, for a freeze that failed. Safe to repeat, also by a process that did not do what it undoes.
 pub(crate) async fn undo(service: &Arc<Checkpointer>, migration: &MigrationId) -> Result<RolledBack, Fault> {
     let dir = service.config.migration_dir(migration);
-    let Some(notes) = Notes::read(&dir).map_err(fault(RELEASE))? else {
+    let Some(notes) = Notes::load(&dir).await? else {
         return Ok(RolledBack { thawed_at: None });
     };
     let session = service.take(migration);
@@ -53,7 +53,7 @@ pub(crate) async fn undo(service: &Arc<Checkpointer>, migration: &MigrationId) -
             _ => {}
         }
     }
-    Notes::remove(&dir).map_err(fault(RELEASE))?;
+    Notes::forget(&dir).await?;
     Ok(RolledBack { thawed_at })
 }
 
@@ -74,7 +74,8 @@ fn release(session: Option<Session>, notes: &Notes) -> Result<Option<Micros>, Fa
     // A CRIU whose connection closed undoes in its own time, and freezes the cgroup as it found it before it lets go.
     untraced(notes)?;
     if let Some(setting) = &notes.arp_ignore {
-        quiet::restore(notes.init, setting).map_err(fault(RELEASE))?;
+        let namespace = quiet::namespace_of(notes.init).map_err(fault(RELEASE))?;
+        quiet::restore(&namespace, setting).map_err(fault(RELEASE))?;
     }
     let Ok(freezer) = Freezer::open(&notes.freezer) else {
         // The cgroup is gone, and with it the container: it ended by itself or was removed by somebody.

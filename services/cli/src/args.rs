@@ -2,6 +2,8 @@
 
 use clap::{Parser, Subcommand};
 use haulage_protocol::id::{HostId, MigrationId};
+use haulage_protocol::policy::Policy;
+use haulage_protocol::transfer::{Compress, MAX_CONNECTIONS, Rate};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -40,6 +42,8 @@ pub(crate) struct Args {
 pub(crate) enum Verb {
     /// Move a running container to another host.
     Migrate(Migrate),
+    /// Predict what moving a container would be like, without moving it.
+    Plan(Plan),
     /// List migrations.
     Ls(Json),
     /// Show one migration: phases, rounds, downtime, outcome.
@@ -56,7 +60,8 @@ pub(crate) enum Verb {
 #[command(after_help = "Examples:
   haul migrate web-1 --to host-b
   haul migrate web-1 --from host-a --to host-b --max-downtime 50
-  haul migrate web-1 --to host-b --shared /mnt/nfs     a bind mount that both hosts have")]
+  haul migrate web-1 --to host-b --shared /mnt/nfs     a bind mount that both hosts have
+  haul migrate web-1 --to host-b --bandwidth 50MB/s    leave the rest of the link to others")]
 pub(crate) struct Migrate {
     /// The container: its name, its id, or a unique beginning of its id.
     pub(crate) container: String,
@@ -66,16 +71,43 @@ pub(crate) struct Migrate {
     /// The host it runs on; needed only when several have a container of that name.
     #[arg(long, value_name = "HOST")]
     pub(crate) from: Option<HostId>,
-    /// Pre-copy until sending the rest is predicted to take no longer than this. The fixed cost of a switch
-    /// comes on top.
-    #[arg(long, value_name = "MS", default_value = "150")]
-    pub(crate) max_downtime: u64,
-    /// The most pre-copy rounds.
-    #[arg(long, value_name = "N", default_value = "8")]
-    pub(crate) max_rounds: u32,
+    /// Pre-copy until the container is predicted to stand still for no longer than this [default: 150]
+    #[arg(long, value_name = "MS")]
+    pub(crate) max_downtime: Option<u64>,
+    /// Freeze so many seconds after the first round at the latest; if --max-downtime was given and cannot be kept, undo
+    /// it instead. Without a deadline the container is frozen when more rounds no longer help.
+    #[arg(long, value_name = "S")]
+    pub(crate) deadline: Option<u64>,
+    /// Which dirty pages a round sends: all, phaul (all, and rounds end by P.Haul's rule), history[:WINDOW,THRESHOLD]
+    /// (not those written in so many of the last rounds), or adaptive (not those that would be written again before
+    /// the freeze).
+    #[arg(long, value_name = "POLICY", default_value_t)]
+    pub(crate) policy: Policy,
+    /// Slow the container down, step by step, while it writes faster than its memory can be sent; it has its processor
+    /// time back when it is frozen, and in any case at the end.
+    #[arg(long)]
+    pub(crate) auto_converge: bool,
+    /// The most pre-copy rounds [default: as many as help]
+    #[arg(long, value_name = "N")]
+    pub(crate) max_rounds: Option<u32>,
+    /// Undo it when the container has stood still for this long before the target could be asked to restore it; 0 waits
+    /// as long as it takes.
+    #[arg(long, value_name = "S", default_value = "60")]
+    pub(crate) max_frozen: u64,
     /// A bind mount (its path on the hosts) that is the same on both hosts. May be given several times.
     #[arg(long, value_name = "PATH")]
     pub(crate) shared: Vec<String>,
+    /// How memory is packed on the way: auto (the default: as link and codecs are measured to be fastest), none, lz4
+    /// or zstd.
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    pub(crate) compress: Compress,
+    /// Connections that memory travels on. More than one helps on links where a single one is slowed by distance or
+    /// loss, and packs on as many cores.
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_CONNECTIONS)))]
+    pub(crate) connections: u16,
+    /// What memory and files may take of the link, such as 50MB/s or 1Gbit/s, while the container stands still too.
+    #[arg(long, value_name = "RATE")]
+    pub(crate) bandwidth: Option<Rate>,
     /// The id of the migration; the same id twice is one migration.
     #[arg(long, value_name = "ID")]
     pub(crate) id: Option<MigrationId>,
@@ -86,6 +118,40 @@ pub(crate) struct Migrate {
     #[arg(long)]
     pub(crate) detach: bool,
     /// Print one JSON object: the record at the end, or the id with --detach.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "The container is looked at by write tracking for a few seconds, as in a migration; it is not frozen, and
+nothing is made on either host. What is assumed is said at the end."
+)]
+pub(crate) struct Plan {
+    /// The container: its name, its id, or a unique beginning of its id.
+    pub(crate) container: String,
+    /// The host it would run on.
+    #[arg(long, value_name = "HOST")]
+    pub(crate) to: HostId,
+    /// The host it runs on; needed only when several have a container of that name.
+    #[arg(long, value_name = "HOST")]
+    pub(crate) from: Option<HostId>,
+    /// For how long to look at its writes.
+    #[arg(long, value_name = "S", default_value = "4", value_parser = clap::value_parser!(u64).range(1..=30))]
+    pub(crate) sample: u64,
+    /// What the link between the hosts carries; it is not measured.
+    #[arg(long, value_name = "MBIT/S", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) rate: Option<u64>,
+    /// As in haul migrate.
+    #[arg(long, value_name = "MS")]
+    pub(crate) max_downtime: Option<u64>,
+    /// As in haul migrate.
+    #[arg(long, value_name = "S")]
+    pub(crate) deadline: Option<u64>,
+    /// A bind mount (its path on the hosts) that is the same on both hosts. May be given several times.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) shared: Vec<String>,
+    /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -141,5 +207,19 @@ mod tests {
         assert!(Args::try_parse_from(["haul", "migrate", "web", "--to", "host.b"]).is_err());
         assert!(Args::try_parse_from(["haul", "migrate", "web", "--to", "b", "--wait", "--detach"]).is_err());
         assert!(Args::try_parse_from(["haul", "migrate", "web", "--to", "b"]).is_ok());
+        let policy =
+            |policy| Args::try_parse_from(["haul", "migrate", "web", "--to", "b", "--policy", policy]);
+        assert!(policy("history:5,3").is_ok() && policy("phaul").is_ok() && policy("history:3,5").is_err());
+    }
+
+    #[test]
+    fn a_transfer_that_makes_no_sense_is_refused() {
+        let with = |option: &[&str]| {
+            Args::try_parse_from(["haul", "migrate", "web", "--to", "b"].iter().chain(option)).is_ok()
+        };
+        assert!(with(&["--compress", "zstd", "--connections", "4", "--bandwidth", "1Gbit/s"]));
+        assert!(!with(&["--compress", "gzip"]));
+        assert!(!with(&["--connections", "0"]) && !with(&["--connections", "9"]));
+        assert!(!with(&["--bandwidth", "0MB/s"]) && !with(&["--bandwidth", "fast"]));
     }
 }

@@ -23,13 +23,12 @@ pub(crate) async fn run(nats: &Nats, wanted: args::Json) -> Result<(), Failure> 
     }
     line(&row("ID", "BEGAN (UTC)", "CONTAINER", "STATE", "FROM -> TO"))?;
     for record in &records {
-        let name = record.facts.inspected.as_ref().map_or(&record.job.container, |inspected| &inspected.name);
         let state = match (record.phase, record.outcome) {
             (Phase::Done, Some(outcome)) => outcome.as_str(),
             (phase, _) => phase.as_str(),
         };
         let way = format!("{} -> {}", record.source().map_or("?", |host| host.as_str()), record.job.to);
-        line(&row(record.job.id.as_str(), &clock(record.began), name, state, &way))?;
+        line(&row(record.job.id.as_str(), &clock(record.began), record.name(), state, &way))?;
     }
     Ok(())
 }

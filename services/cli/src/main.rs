@@ -5,6 +5,7 @@ mod hosts;
 mod list;
 mod migrate;
 mod output;
+mod plan;
 mod progress;
 mod show;
 mod watch;
@@ -35,6 +36,7 @@ async fn run(args: Args) -> Result<(), Failure> {
     nats.ensure().await?;
     match args.verb {
         Verb::Migrate(wanted) => migrate::run(&nats, wanted).await,
+        Verb::Plan(wanted) => plan::run(&nats, wanted).await,
         Verb::Ls(wanted) => list::run(&nats, wanted).await,
         Verb::Show(wanted) => show::run(&nats, wanted).await,
         Verb::Watch(wanted) => watch::run(&nats, wanted).await,

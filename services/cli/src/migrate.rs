@@ -8,6 +8,7 @@ use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::MigrationId;
 use haulage_protocol::job::{Job, Options};
 use haulage_protocol::subject;
+use haulage_protocol::transfer::Transfer;
 use haulage_protocol::version::Version;
 use haulage_transport::{Nats, Table};
 
@@ -25,9 +26,18 @@ pub(crate) async fn run(nats: &Nats, wanted: args::Migrate) -> Result<(), Failur
         from: wanted.from,
         to: wanted.to,
         options: Options {
+            policy: wanted.policy,
             max_downtime_ms: wanted.max_downtime,
+            deadline_ms: wanted.deadline.map(|seconds| seconds.saturating_mul(1000)),
             max_rounds: wanted.max_rounds,
+            auto_converge: wanted.auto_converge,
+            max_frozen_ms: wanted.max_frozen.saturating_mul(1000),
             shared_binds: wanted.shared,
+            transfer: Transfer {
+                compress: wanted.compress,
+                connections: wanted.connections,
+                bandwidth: wanted.bandwidth,
+            },
         },
     };
     nats.submit(&job).await?;
@@ -50,11 +60,15 @@ pub(crate) async fn run(nats: &Nats, wanted: args::Migrate) -> Result<(), Failur
 /// How long NATS may be away before following is given up.
 const NATS_AWAY: Duration = Duration::from_secs(15);
 
+/// How often the record is read anew, beside following its changes.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
+
 /// Shows progress until the migration is over.
 async fn follow(nats: &Nats, id: &MigrationId, mut progress: Progress) -> Result<Migration, Failure> {
     let table: Table<Migration> = Table::open(nats, subject::MIGRATIONS).await?;
     let mut states = table.watch(&subject::migration_key(id)).await?;
     let mut tick = tokio::time::interval(Duration::from_millis(100));
+    let mut look = tokio::time::interval(LOOK_AGAIN);
     let mut current: Option<Migration> = None;
     let mut seen = Instant::now();
     loop {
@@ -71,6 +85,16 @@ async fn follow(nats: &Nats, id: &MigrationId, mut progress: Progress) -> Result
                     return Ok(record);
                 }
                 current = Some(record);
+            }
+            // A change that was missed among many must not be waited for until the next, which may never come.
+            _ = look.tick() => {
+                if let Ok(Some((record, _))) = table.get(&subject::migration_key(id)).await
+                    && record.is_over()
+                {
+                    progress.update(&record)?;
+                    progress.finish()?;
+                    return Ok(record);
+                }
             }
             _ = tick.tick() => {
                 progress.tick(current.as_ref())?;

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use haulage_migration::{Migration, timing};
-use haulage_protocol::fault::Fault;
+use haulage_protocol::fault::{Fault, chain};
 use haulage_protocol::unit::Micros;
 use haulage_transport::{NatsError, TableError};
 use serde::Serialize;
@@ -33,12 +33,9 @@ pub(crate) fn report(failure: &Failure) -> ExitCode {
         Failure::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => return ExitCode::SUCCESS,
         Failure::Fault(fault) => (fault_lines(fault), if fault.is_unreachable() { 3 } else { 1 }),
         other => {
-            let mut lines = vec![format!("error: {other}")];
-            let mut next = std::error::Error::source(other);
-            while let Some(cause) = next {
-                lines.push(format!("  cause:  {cause}"));
-                next = cause.source();
-            }
+            let mut told = chain(other).into_iter();
+            let mut lines = vec![format!("error: {}", told.next().unwrap_or_default())];
+            lines.extend(told.map(|cause| format!("  cause:  {cause}")));
             lines.push(
                 "  remedy: see whether the NATS server runs, and name it with --nats or HAUL_NATS".into(),
             );

@@ -63,7 +63,10 @@ impl Progress {
             }
         };
         let mut err = io::stderr().lock();
-        write!(err, "\r\x1b[2K{:>8}  {text}", self.elapsed())?;
+        // A terminal of unknown width is taken for one of the usual width.
+        let width = rustix::termios::tcgetwinsize(&err).map_or(0, |size| usize::from(size.ws_col));
+        let line = format!("{:>8}  {text}", self.elapsed());
+        write!(err, "\r\x1b[2K{}", fitted(&line, if width == 0 { 80 } else { width }))?;
         Ok(err.flush()?)
     }
 
@@ -80,15 +83,27 @@ impl Progress {
     }
 }
 
+/// As much of a line as fits: one that wraps cannot be redrawn. The last column stays free, since some terminals wrap
+/// already there.
+fn fitted(line: &str, width: usize) -> String {
+    let room = width.saturating_sub(1);
+    if line.chars().count() <= room {
+        return line.to_owned();
+    }
+    let cut = line.chars().take(room.saturating_sub(1));
+    cut.chain((room > 0).then_some('…')).collect()
+}
+
 fn round_text(record: &Migration, n: usize) -> String {
     let so_far = record.facts.rounds.get(..=n).unwrap_or_default();
     let Some(report) = so_far.last() else { return String::new() };
     format!(
-        "round {}: {} pages, {} sent, {}, predicted downtime for pages {}",
+        "round {}: {} pages, {} sent, {}, {} withheld, predicted downtime {}",
         report.round,
         report.dirty.0,
         report.wire,
         rate(report.wire, report.took),
+        report.withheld.0,
         predicted(so_far),
     )
 }
@@ -97,4 +112,19 @@ fn round_text(record: &Migration, n: usize) -> String {
 pub(crate) fn rate(bytes: Bytes, took: Micros) -> String {
     let per_second = u128::from(bytes.0).saturating_mul(1_000_000) / u128::from(took.0.max(1));
     format!("{}/s", Bytes(u64::try_from(per_second).unwrap_or(u64::MAX)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_never_reaches_the_last_column() {
+        assert_eq!(fitted("12 µs", 6), "12 µs");
+        assert_eq!(fitted("12 µs", 5), "12 …");
+        assert_eq!(
+            (fitted("12", 2), fitted("12", 1), fitted("12", 0)),
+            ("…".into(), String::new(), String::new())
+        );
+    }
 }

@@ -3,10 +3,11 @@
 use std::fmt::Write;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use haulage_migration::{Migration, Outcome, timing};
+use haulage_migration::{Convergence, Migration, Outcome, Slowdown, timing};
 use haulage_protocol::fault::{Fault, code};
+use haulage_protocol::page_shipper::Encoding;
 use haulage_protocol::subject;
-use haulage_protocol::unit::{Bytes, Micros};
+use haulage_protocol::unit::{Bytes, Micros, Pages};
 use haulage_transport::{Nats, Table};
 
 use crate::args;
@@ -43,7 +44,7 @@ pub(crate) async fn find(nats: &Nats, id: &str) -> Result<Migration, Failure> {
 
 /// One line about how it ended.
 pub(crate) fn summary(record: &Migration) -> String {
-    let name = record.facts.inspected.as_ref().map_or(record.job.container.as_str(), |i| i.name.as_str());
+    let name = record.name();
     let from = record.source().map_or("?", |host| host.as_str());
     let (to, id) = (&record.job.to, &record.job.id);
     match record.outcome {
@@ -99,7 +100,7 @@ fn write_report(out: &mut String, record: &Migration, now: Micros) -> std::fmt::
 
 fn write_memory(out: &mut String, record: &Migration) -> std::fmt::Result {
     let Some(tracking) = &record.facts.tracking else { return Ok(()) };
-    writeln!(out, "\nmemory, tracked by {}", tracking.tracker)?;
+    writeln!(out, "\nmemory, tracked by {}, policy {}", tracking.tracker, record.job.options.policy)?;
     if let Some(reason) = &tracking.reason {
         writeln!(out, "  because {reason}")?;
     }
@@ -111,20 +112,64 @@ fn write_memory(out: &mut String, record: &Migration) -> std::fmt::Result {
     for (name, round) in rounds.chain(last.clone().map(|last| ("last".to_owned(), &last.round))) {
         writeln!(
             out,
-            "  round {name:<5} {:>9} pages dirty {:>9} sent {:>9} zero {:>11} in {:>9} ({})",
+            "  round {name:<5} {:>9} pages dirty {:>9} sent {:>9} zero {:>9} withheld {:>11} in {:>9} ({})",
             round.dirty.0,
             round.sent.0,
             round.zero.0,
+            round.withheld.0,
             round.wire.to_string(),
             round.took.to_string(),
             rate(round.wire, round.took),
+        )?;
+    }
+    for Slowdown { after, keep } in &record.facts.slowdowns {
+        writeln!(out, "  slowed down to {keep} % of its processor time after {after} rounds")?;
+    }
+    if let Some(convergence) = &record.facts.convergence {
+        let Convergence { why, forecast, wanted } = convergence;
+        let rate = forecast.rate.map_or("assumed".to_owned(), |rate| format!("measured, {}/s", rate.bytes()));
+        writeln!(
+            out,
+            "  ended because {why}: predicted to stand still for {} ({} pages left, rate {rate}), wanted {wanted}",
+            forecast.downtime, forecast.left.0
         )?;
     }
     for last in last {
         let sent: Bytes = record.facts.rounds.iter().chain([&last.round]).map(|round| round.wire).sum();
         writeln!(out, "  {} pages ({}) exist, {sent} sent in all", last.total.0, last.total.bytes())?;
     }
+    let mut encoding = Encoding::default();
+    let rounds = record.facts.rounds.iter().chain(record.facts.last_round.iter().map(|last| &last.round));
+    let mut wire = Bytes(0);
+    for round in rounds {
+        encoding += round.encoding;
+        wire += round.wire;
+    }
+    if encoding.raw() > Bytes(0) {
+        writeln!(
+            out,
+            "  {} of pages that are not zero, {wire} on the wire: {}",
+            encoding.raw(),
+            mix(encoding)
+        )?;
+    }
     Ok(())
+}
+
+/// How pages went, in shares.
+fn mix(encoding: Encoding) -> String {
+    let Encoding { plain, lz4, zstd, named, unchanged } = encoding;
+    let all = (plain + lz4 + zstd + named + unchanged).0.max(1);
+    let share = |pages: Pages| pages.0.saturating_mul(100).div_ceil(all);
+    let parts = [
+        (plain, "as they are"),
+        (lz4, "lz4"),
+        (zstd, "zstd"),
+        (named, "by reference"),
+        (unchanged, "unchanged"),
+    ];
+    let parts = parts.iter().filter(|(pages, _)| pages.0 > 0);
+    parts.map(|(pages, how)| format!("{} % {how}", share(*pages))).collect::<Vec<_>>().join(", ")
 }
 
 fn write_files(out: &mut String, record: &Migration) -> std::fmt::Result {
@@ -159,6 +204,14 @@ fn write_freeze(out: &mut String, record: &Migration) -> std::fmt::Result {
         ("start", split.start),
     ] {
         writeln!(out, "  {part:<10} {took}")?;
+    }
+    if let Some(filled) = &record.facts.filled {
+        let (waited, demanded, rest) = (filled.faults.0, filled.on_demand.0, filled.in_background.0);
+        writeln!(
+            out,
+            "memory complete {} after its start: {demanded} pages for {waited} that were waited for, {rest} in the background",
+            filled.took
+        )?;
     }
     Ok(())
 }

@@ -9,11 +9,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use haulage_migration::{Effect, Event, Migration, Persistence, Success};
+use haulage_migration::{Effect, Event, Migration, Persistence, Success, Transition};
 use haulage_protocol::event;
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::Step;
 use haulage_protocol::job::CancelAnswer;
+use haulage_protocol::unit::Micros;
 use haulage_protocol::version::Version;
 use haulage_service::failure::ENGINE;
 use haulage_service::{chain, now};
@@ -89,6 +90,7 @@ impl Driver {
                     continue;
                 }
                 Some(request) = cancellations.next() => self.cancel(request).await,
+                () = reached(self.record.frozen_until()) => self.time_passed().await,
                 Some(ended) = self.running.join_next() => match ended {
                     Ok(ended) => self.ended(ended).await,
                     Err(error) if error.is_cancelled() => continue,
@@ -134,6 +136,13 @@ impl Driver {
         }
     }
 
+    async fn time_passed(&mut self) -> Result<(), Lost> {
+        match self.record.step(Event::TimePassed, now()) {
+            Ok(Transition { next, effects }) if next != self.record => self.adopt(next, effects).await,
+            _ => Ok(()),
+        }
+    }
+
     async fn cancel(&mut self, request: CancelRequest) -> Result<(), Lost> {
         let event = match &request.cancel {
             Ok(cancel) if cancel.target_is_dead => Event::TargetIsDead,
@@ -146,10 +155,6 @@ impl Driver {
         };
         match self.record.step(event, now()) {
             Ok(transition) => {
-                if !self.record.pending.keys().any(|step| transition.next.pending.contains_key(step)) {
-                    // What is no longer waited for must not be asked again.
-                    self.running.abort_all();
-                }
                 let adopted = self.adopt(transition.next, transition.effects).await;
                 if adopted.is_ok() {
                     request.answer(CancelAnswer::Accepted).await;
@@ -168,6 +173,10 @@ impl Driver {
     /// Persists the new state, then tells the world, then begins its effects: in that order, so that whatever
     /// was begun can be found again.
     async fn adopt(&mut self, next: Migration, effects: Vec<(Step, Effect)>) -> Result<(), Lost> {
+        if !self.record.pending.keys().any(|step| next.pending.contains_key(step)) {
+            // What is no longer waited for must not be asked again.
+            self.running.abort_all();
+        }
         self.persist(&next).await?;
         let before = std::mem::replace(&mut self.record, next);
         self.todo = effects;
@@ -214,6 +223,14 @@ impl Driver {
             let (coordinator, record) = (self.coordinator.clone(), self.record.clone());
             self.running.spawn(async move { (step, insist(&coordinator, &record, step, effect).await) });
         }
+    }
+}
+
+/// Waits until a time on this process's clock; for ever where there is none.
+async fn reached(at: Option<Micros>) {
+    match at {
+        Some(at) => tokio::time::sleep(Duration::from_micros(at.since(now()).0)).await,
+        None => std::future::pending().await,
     }
 }
 

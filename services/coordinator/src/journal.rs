@@ -3,6 +3,7 @@
 use haulage_migration::{Effect, Event, Migration, Transition};
 use haulage_protocol::id::{CoordinatorId, MigrationId, Step};
 use haulage_protocol::subject;
+use haulage_protocol::unit::Micros;
 use haulage_service::now;
 use haulage_transport::{Nats, NatsError, Revision, Table, TableError};
 
@@ -61,6 +62,18 @@ impl Journal {
     /// A record, whoever owns it.
     pub(crate) async fn read(&self, id: &MigrationId) -> Result<Option<(Migration, Revision)>, TableError> {
         self.table.get(&subject::migration_key(id)).await
+    }
+
+    /// Erases the records of migrations that were over before `until` and left nothing behind; gives how many.
+    pub(crate) async fn erase_ended(&self, until: Micros) -> Result<usize, TableError> {
+        let mut erased = 0;
+        for (key, record, revision) in self.table.revisions().await? {
+            if record.ended().is_some_and(|ended| ended < until) && record.leftovers.is_empty() {
+                self.table.erase(&key, revision).await?;
+                erased += 1;
+            }
+        }
+        Ok(erased)
     }
 
     /// Replaces the record. A write whose acknowledgement was lost is recognised and counts.

@@ -12,6 +12,7 @@ mod sweep;
 use std::error::Error;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::StreamExt;
 use haulage_migration::Migration;
@@ -40,6 +41,24 @@ pub struct Args {
     /// How many migrations this coordinator drives at once; the others wait in the queue.
     #[arg(long, env = "HAUL_MAX_MIGRATIONS", default_value = "32", value_name = "N")]
     max_migrations: NonZeroUsize,
+    /// How long the record of a migration is kept after its end: a number and s, m, h or d.
+    #[arg(long, env = "HAUL_KEEP_RECORDS", default_value = "30d", value_name = "TIME", value_parser = duration)]
+    keep_records: Duration,
+}
+
+/// "90s", "15m", "12h", "30d".
+fn duration(text: &str) -> Result<Duration, &'static str> {
+    const SAY: &str = "not a number with s, m, h or d after it";
+    let (number, unit) = text.split_at_checked(text.len().saturating_sub(1)).ok_or(SAY)?;
+    let seconds = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        "d" => 24 * 3600,
+        _ => return Err(SAY),
+    };
+    let number: u64 = number.parse().map_err(|_| SAY)?;
+    number.checked_mul(seconds).map(Duration::from_secs).ok_or("too long")
 }
 
 /// What all drivers of this process share.
@@ -71,7 +90,7 @@ pub async fn run(args: Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     let room = Arc::new(Semaphore::new(args.max_migrations.get()));
     let stop = CancellationToken::new();
     let drivers = TaskTracker::new();
-    drivers.spawn(sweep::sweep(coordinator.clone(), stop.clone()));
+    drivers.spawn(sweep::sweep(coordinator.clone(), args.keep_records, stop.clone()));
     let mut shutdown = Box::pin(shutdown::requested()?);
     tracing::info!(coordinator = %coordinator.id, "taking jobs");
     loop {
@@ -141,6 +160,31 @@ impl Coordinator {
         };
         if let Err(error) = settled {
             tracing::debug!(migration = %id, error = %chain(&error), "the job will be delivered again");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::{CommandFactory, Parser};
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+        let args = Args::try_parse_from(["haul-coordinator"]).unwrap();
+        assert_eq!(args.keep_records, Duration::from_secs(30 * 24 * 3600));
+    }
+
+    #[test]
+    fn times_are_understood_or_refused() {
+        for (text, seconds) in [("0s", 0), ("90s", 90), ("15m", 900), ("12h", 43_200), ("2d", 172_800)] {
+            assert_eq!(duration(text), Ok(Duration::from_secs(seconds)), "{text}");
+        }
+        for text in
+            ["", "5", "d", "-1d", "1w", "1.5h", "5µ", "99999999999999999999d", "18446744073709551615d"]
+        {
+            assert!(duration(text).is_err(), "{text}");
         }
     }
 }

@@ -3,21 +3,23 @@
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use haulage_migration::{Effect, Migration, Success};
+use haulage_migration::{Effect, Migration, Phase, Success, allowance, forecast, pause};
 use haulage_protocol::checkpointer::{
-    Commit, Confirm, Dump, Freeze, Inspect, Inspected, Locate, Located, RollBack, SourceRoot,
+    Commit, Confirm, Dump, Freeze, Inspect, Inspected, Locate, Located, RollBack, SourceRoot, Throttle,
+    Unthrottle,
 };
 use haulage_protocol::fault::{Fault, code};
-use haulage_protocol::id::{ContainerId, HostId, Step};
+use haulage_protocol::id::{ContainerId, HostId, Round, Step};
 use haulage_protocol::page_shipper::{
     ClosePages, FinalRound, OpenPages, PagesOpened, RunRound, StartTracking,
 };
-use haulage_protocol::restorer::{Adopt, Check, Create, Created, Restore, Undo, Verify};
+use haulage_protocol::restorer::{Adopt, Check, Create, Created, Prepare, Restore, Undo, Verify};
 use haulage_protocol::rpc::{Command, Rpc, Service};
 use haulage_protocol::syncer::{
     CloseFiles, FilesOpened, OpenFiles, PersistFiles, PullImage, PushImage, SyncFiles, SyncRoot,
 };
 use haulage_protocol::version::Version;
+use haulage_service::now;
 
 use crate::Coordinator;
 
@@ -94,14 +96,32 @@ pub(crate) async fn perform(
                 cgroup_procs: ask.inspected()?.cgroup_procs.clone(),
                 address: ask.pages()?.address.clone(),
                 token: record.token.clone(),
+                transfer: record.job.options.transfer,
+                memory: ask.inspected()?.memory,
+                policy: record.job.options.policy,
             };
             ask.source(start).await.map(Success::Tracking)
         }
-        Effect::RunRound(round) => ask.source(RunRound { round }).await.map(Success::Round),
-        Effect::Freeze => {
-            ask.source(Freeze { container: ask.container()?.clone() }).await.map(Success::Frozen)
+        Effect::RunRound(round) => ask.source(ask.round(round)).await.map(Success::Round),
+        Effect::Throttle(keep) => {
+            ask.source(Throttle { container: ask.container()?.clone(), keep }).await.map(|_| Success::Unit)
         }
-        Effect::Dump => ask.source(Dump { container: ask.container()?.clone() }).await.map(Success::Dumped),
+        Effect::Unthrottle => {
+            ask.source(Unthrottle { container: ask.container()?.clone() }).await.map(|_| Success::Unit)
+        }
+        Effect::Freeze => {
+            let spec = Some(ask.inspected()?.spec.clone());
+            ask.source(Freeze { container: ask.container()?.clone(), spec }).await.map(Success::Frozen)
+        }
+        Effect::Prepare => {
+            let container = ask.created()?.container.clone();
+            let (store, descriptors) = (ask.pages()?.store.clone(), ask.inspected()?.descriptors.clone());
+            ask.target(Prepare { container, store, descriptors }).await.map(Success::Prepared)
+        }
+        Effect::Dump => {
+            let network = record.facts.prepared.map(|prepared| prepared.network).unwrap_or_default();
+            ask.source(Dump { container: ask.container()?.clone(), network }).await.map(Success::Dumped)
+        }
         Effect::FinalRound => ask.source(FinalRound {}).await.map(Success::Final),
         Effect::Restore => {
             let container = ask.created()?.container.clone();
@@ -153,6 +173,17 @@ impl Ask<'_> {
         self.host(&self.record.job.to, body).await
     }
 
+    fn round(&self, round: Round) -> RunRound {
+        let (rounds, options) = (&self.record.facts.rounds, &self.record.job.options);
+        RunRound {
+            round,
+            rate: forecast(rounds).rate,
+            allowance: allowance(rounds, options),
+            last: self.record.phase == Phase::Settle,
+            pause: pause(rounds, self.record.pre_copied(now())),
+        }
+    }
+
     fn inspected(&self) -> Result<&Inspected, Fault> {
         self.record.facts.inspected.as_ref().ok_or_else(|| missing("the inspection"))
     }
@@ -192,7 +223,8 @@ impl Ask<'_> {
         let mapped = self.inspected()?.mapped_writable.iter().chain(later);
         let forced = mapped.collect::<std::collections::BTreeSet<_>>().into_iter().cloned().collect();
         let address = self.files()?.address.clone();
-        let sync = SyncFiles { address, token: self.record.token.clone(), roots, frozen, forced };
+        let bandwidth = self.record.job.options.transfer.bandwidth;
+        let sync = SyncFiles { address, token: self.record.token.clone(), roots, frozen, forced, bandwidth };
         self.source(sync).await.map(Success::Synced)
     }
 

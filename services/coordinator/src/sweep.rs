@@ -1,12 +1,14 @@
-//! What a migration had to leave behind, because a host did not answer, is removed when the host is back.
+//! What a migration had to leave behind, because a host did not answer, is removed when the host is back. Records of
+//! migrations that are long over are removed too.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use haulage_migration::Migration;
 use haulage_protocol::id::MigrationId;
 use haulage_protocol::subject;
-use haulage_service::chain;
+use haulage_protocol::unit::Micros;
+use haulage_service::{chain, now};
 use haulage_transport::{Nats, NatsError, Table, TableError};
 use tokio_util::sync::CancellationToken;
 
@@ -14,6 +16,9 @@ use crate::{Coordinator, perform};
 
 /// Between looks at what is left.
 const EVERY: Duration = Duration::from_secs(10);
+
+/// The longest time between looks at what is long over.
+const ERASE_EVERY: Duration = Duration::from_secs(600);
 
 /// Remembers which migrations have left something behind.
 pub(crate) struct Sweeper {
@@ -32,8 +37,9 @@ impl Sweeper {
 
 /// Sweeps now and again until `stop`. Several coordinators may do so at once: the services tell repetitions by
 /// their step numbers, and the record is written with compare-and-set.
-pub(crate) async fn sweep(coordinator: Arc<Coordinator>, stop: CancellationToken) {
+pub(crate) async fn sweep(coordinator: Arc<Coordinator>, keep: Duration, stop: CancellationToken) {
     let mut every = tokio::time::interval(EVERY);
+    let mut erased: Option<Instant> = None;
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
@@ -45,6 +51,16 @@ pub(crate) async fn sweep(coordinator: Arc<Coordinator>, stop: CancellationToken
         };
         if let Err(error) = swept {
             tracing::warn!(error = %chain(&error), "leftovers were not swept, trying again");
+        }
+        if erased.is_some_and(|last| last.elapsed() < keep.min(ERASE_EVERY)) {
+            continue;
+        }
+        erased = Some(Instant::now());
+        let until = Micros(now().0.saturating_sub(Micros::from_duration(keep).0));
+        match coordinator.journal.erase_ended(until).await {
+            Ok(0) => {}
+            Ok(count) => tracing::info!(count, "records of migrations that are long over were erased"),
+            Err(error) => tracing::warn!(error = %chain(&error), "old records were not erased, trying again"),
         }
     }
 }

@@ -1,19 +1,12 @@
 //! How this service's errors look to the coordinator.
 
 use haulage_protocol::fault::{Fault, FaultCode, code};
-pub(crate) use haulage_service::failure::fault;
-use haulage_transport::stream::StreamError;
+pub(crate) use haulage_service::failure::{fault, joined};
 
 /// Writes cannot be tracked, or memory cannot be read.
 pub(crate) const TRACKING: FaultCode = FaultCode::known("tracking_failed");
 /// The page store of the target cannot be made, filled or sealed.
 pub(crate) const STORE: FaultCode = FaultCode::known("page_store_failed");
-
-/// The bulk connection failed; its own code says how.
-pub(crate) fn stream(error: &StreamError) -> Fault {
-    Fault::from_error(FaultCode::new(error.code()), error)
-        .remedy("see whether the target's bulk address can be reached from the source host")
-}
 
 pub(crate) fn no_session(what: &str) -> Fault {
     Fault::new(code::OUT_OF_ORDER, format!("this page-shipper has no {what} session of the migration"))

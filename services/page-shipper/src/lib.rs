@@ -1,7 +1,10 @@
 //! The page-shipper: on the source it tracks, reads and sends memory; on the target it receives into the page
 //! store. It does not decide when to stop: the coordinator asks for each round.
 
+mod arrival;
 mod failure;
+mod lanes;
+mod sample;
 mod source;
 mod target;
 mod wire;
@@ -13,25 +16,27 @@ use std::sync::{Arc, Mutex, PoisonError};
 use haulage_protocol::fault::Fault;
 use haulage_protocol::id::MigrationId;
 use haulage_protocol::page_shipper::{
-    ClosePages, FinalRound, OpenPages, PagesClosed, RunRound, StartTracking,
+    ClosePages, FinalRound, OpenPages, PagesClosed, RunRound, SampleWrites, StartTracking,
 };
 use haulage_service::Shell;
+use haulage_service::bulk::{Arrivals, PACE};
 use haulage_service::config::HostConfig;
-use haulage_transport::stream::BulkListener;
+use haulage_service::notes;
 
 use crate::failure::{STORE, fault};
+use crate::wire::CARGO;
 
 /// A tracker that is killed while it injects takes the container with it: the kernel shall choose others.
 const LAST_TO_DIE: i16 = -1000;
 
+/// Freed memory that is kept for the next batches, in bytes: about what a migration has on its way.
+const KEPT: u32 = 32 << 20;
+
 /// What every verb works with.
 pub(crate) struct PageShipper {
     config: HostConfig,
-    listener: BulkListener,
-    /// Where other hosts find it.
-    advertised: std::net::SocketAddr,
+    arrivals: Arrivals,
     sources: Mutex<HashMap<MigrationId, source::Session>>,
-    targets: Mutex<HashMap<MigrationId, target::Session>>,
 }
 
 /// Registers the verbs.
@@ -42,21 +47,16 @@ pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>
     if let Err(error) = haulage_sys::process::set_oom_score_adj(LAST_TO_DIE) {
         tracing::warn!(%error, "this process is not protected from the out-of-memory killer");
     }
-    let listener = BulkListener::bind(shell.config.bulk_listen).await?;
-    let advertised = shell.config.advertised(listener.local_addr())?;
-    shell.facts.insert("pages".to_owned(), advertised.to_string());
-    let service = Arc::new(PageShipper {
-        config: shell.config.clone(),
-        listener,
-        advertised,
-        sources: Mutex::default(),
-        targets: Mutex::default(),
-    });
+    haulage_sys::process::keep_freed_memory(KEPT);
+    let arrivals = Arrivals::bind(&shell.config, CARGO).await?;
+    shell.facts.insert("pages".to_owned(), arrivals.address().to_string());
+    let service = Arc::new(PageShipper { config: shell.config.clone(), arrivals, sources: Mutex::default() });
     let server = &mut shell.server;
     let s = service.clone();
     server.answer::<OpenPages, _, _>(move |at, ask| target::open(s.clone(), at.migration, ask)).await?;
     let s = service.clone();
     server.answer::<StartTracking, _, _>(move |at, ask| source::start(s.clone(), at.migration, ask)).await?;
+    server.answer::<SampleWrites, _, _>(move |_, ask| sample::sample(ask)).await?;
     let s = service.clone();
     server.answer::<RunRound, _, _>(move |at, ask| source::round(s.clone(), at.migration, ask)).await?;
     let s = service.clone();
@@ -71,10 +71,10 @@ async fn close(service: Arc<PageShipper>, migration: MigrationId) -> Result<Page
     // Closing the trackers' descriptors makes the kernel walk the page tables.
     let dropped = tokio::task::spawn_blocking(move || drop(source)).await;
     dropped.map_err(fault(STORE))?;
-    let target = service.targets.lock().unwrap_or_else(PoisonError::into_inner).remove(&migration);
-    if let Some(target) = target {
-        target.end().await;
-    }
-    target::remove_store(&service.config, &migration).map_err(fault(STORE))?;
+    service.arrivals.close(&migration).await;
+    target::remove_store(service.clone(), migration.clone()).await?;
+    let dir = service.config.migration_dir(&migration);
+    let removed = tokio::task::spawn_blocking(move || notes::remove(&dir, &[PACE])).await;
+    removed.map_err(fault(STORE))?.map_err(fault(STORE))?;
     Ok(PagesClosed {})
 }

@@ -2,64 +2,42 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
-use bytes::Bytes;
-use haulage_pages::manifest::ManifestBuilder;
 use haulage_pages::store::StoreLimits;
-use haulage_pages::target::{FinishReport, TargetEngine};
-use haulage_protocol::fault::{Fault, code};
+use haulage_pages::target::TargetEngine;
+use haulage_protocol::fault::Fault;
 use haulage_protocol::id::MigrationId;
 use haulage_protocol::page_shipper::{OpenPages, PagesOpened};
-use haulage_protocol::unit::{Bytes as Size, Pages};
+use haulage_protocol::unit::Bytes as Size;
 use haulage_service::config::HostConfig;
 use haulage_service::notes;
-use haulage_transport::stream::{BulkConnection, BulkSession, SessionKey};
-use tokio::task::JoinHandle;
 
 use crate::PageShipper;
-use crate::failure::{STORE, fault, stream};
-use crate::wire::{BATCH, FAILED, FINISH, FINISHED, Finished, MANIFEST, OK, ROLE, ROUND_END};
+use crate::arrival::Arrival;
+use crate::failure::{STORE, fault, joined};
 
 /// The page store in a migration's directory.
 const STORE_DIR: &str = "pages";
-
-/// A migration's memory, where it arrives.
-pub(crate) struct Session {
-    task: JoinHandle<()>,
-}
-
-impl Session {
-    /// Stops receiving; afterwards nothing writes to the store any more.
-    pub(crate) async fn end(self) {
-        self.task.abort();
-        if let Err(error) = self.task.await
-            && error.is_panic()
-        {
-            tracing::error!(%error, "the receiver of pages had died");
-        }
-    }
-}
 
 pub(crate) async fn open(
     service: Arc<PageShipper>,
     migration: MigrationId,
     ask: OpenPages,
 ) -> Result<PagesOpened, Fault> {
-    let earlier = service.targets.lock().unwrap_or_else(PoisonError::into_inner).remove(&migration);
-    if let Some(earlier) = earlier {
-        earlier.end().await;
-    }
-    remove_store(&service.config, &migration).map_err(fault(STORE))?;
-    let store = place(&service.config, &migration, ask.memory).join(STORE_DIR);
-    std::fs::create_dir_all(&store).map_err(fault(STORE))?;
-    let engine = TargetEngine::create(&store, StoreLimits::default()).map_err(fault(STORE))?;
-    let token = ask.token.reveal().parse().map_err(fault(code::MALFORMED))?;
-    let session = service.listener.open(SessionKey::new(migration.as_str(), ROLE), token);
-    let session = session.map_err(|error| stream(&error))?;
-    let address = service.advertised.to_string();
-    let task = tokio::spawn(receive(session, engine, migration.clone()));
-    service.targets.lock().unwrap_or_else(PoisonError::into_inner).insert(migration, Session { task });
+    service.arrivals.close(&migration).await;
+    remove_store(service.clone(), migration.clone()).await?;
+    let (worker, id) = (service.clone(), migration.clone());
+    let made = tokio::task::spawn_blocking(move || {
+        let store = place(&worker.config, &id, ask.memory).join(STORE_DIR);
+        std::fs::create_dir_all(&store).map_err(fault(STORE))?;
+        let engine = TargetEngine::create(&store, StoreLimits::default()).map_err(fault(STORE))?;
+        Ok((store, engine))
+    });
+    let (store, engine) = joined(made.await)?;
+    let more = service.arrivals.more(&migration, &ask.token)?;
+    service.arrivals.open(migration, &ask.token, Arrival { engine, more })?;
+    let address = service.arrivals.address().to_string();
     Ok(PagesOpened { address, store: store.to_string_lossy().into_owned() })
 }
 
@@ -89,59 +67,13 @@ fn available() -> io::Result<u64> {
 }
 
 /// Removes the store, wherever it is.
-pub(crate) fn remove_store(config: &HostConfig, migration: &MigrationId) -> io::Result<()> {
-    notes::remove(&config.memory_dir(migration), &[STORE_DIR])?;
-    notes::remove(&config.migration_dir(migration), &[STORE_DIR])
-}
-
-/// Takes one source in, until it ends or fails.
-async fn receive(mut session: BulkSession, engine: TargetEngine, migration: MigrationId) {
-    let Some(mut connection) = session.accept().await else { return };
-    tracing::debug!(%migration, peer = %connection.peer(), "pages come");
-    let Err(fault) = store_all(&mut connection, engine).await else { return };
-    tracing::warn!(%migration, %fault, "the pages are refused");
-    let told = async {
-        connection.send(FAILED, serde_json::to_vec(&fault).unwrap_or_default().into()).await?;
-        connection.flush().await
+pub(crate) async fn remove_store(service: Arc<PageShipper>, migration: MigrationId) -> Result<(), Fault> {
+    let work = move || {
+        let config = &service.config;
+        [config.memory_dir(&migration), config.migration_dir(&migration)]
+            .iter()
+            .try_for_each(|dir| notes::remove(dir, &[STORE_DIR]))
+            .map_err(fault(STORE))
     };
-    if let Err(error) = told.await {
-        tracing::debug!(%migration, %error, "and the source is gone");
-    }
-}
-
-async fn store_all(connection: &mut BulkConnection, mut engine: TargetEngine) -> Result<(), Fault> {
-    let mut manifest = ManifestBuilder::default();
-    while let Some(frame) = connection.recv().await.map_err(|error| stream(&error))? {
-        match frame.kind {
-            // Copying a MiB into the page cache is short, but it is not for the executor.
-            BATCH => {
-                tokio::task::block_in_place(|| engine.apply(&frame.payload)).map_err(fault(STORE))?;
-            }
-            ROUND_END => send(connection, OK, Bytes::new()).await?,
-            MANIFEST => manifest.push(&frame.payload).map_err(fault(code::MALFORMED))?,
-            FINISH => {
-                let manifest = std::mem::take(&mut manifest).finish().map_err(fault(code::MALFORMED))?;
-                let sealed =
-                    tokio::task::block_in_place(|| engine.finish(&manifest)).map_err(fault(STORE))?;
-                let FinishReport { pages, dropped_pages, .. } = sealed;
-                let finished = Finished { pages: Pages(pages), dropped: Pages(dropped_pages) };
-                let payload = serde_json::to_vec(&finished).map_err(fault(code::INTERNAL))?;
-                return send(connection, FINISHED, payload.into()).await;
-            }
-            other => {
-                let message = format!("a frame of kind {} does not belong here", other.0);
-                return Err(Fault::new(code::MALFORMED, message));
-            }
-        }
-    }
-    Ok(())
-}
-
-async fn send(
-    connection: &mut BulkConnection,
-    kind: haulage_transport::stream::FrameKind,
-    payload: Bytes,
-) -> Result<(), Fault> {
-    connection.send(kind, payload).await.map_err(|error| stream(&error))?;
-    connection.flush().await.map_err(|error| stream(&error))
+    joined(tokio::task::spawn_blocking(work).await)
 }

@@ -1,23 +1,27 @@
-//! What travels on the bulk connection of the pages.
+//! What travels on the bulk connections of the pages. Batches may go on any of them, all else on the first.
 //!
 //! ```text
 //! source                         target
-//!   | BATCH*                       |   applied as they come
+//!   | BATCH*                       |   stored as they come, in any order
+//!   | COMPLETE ------------------> |   waits for all batches that were ever sent: how many, u64
+//!   | NAMED*                       |   pages that equal others, copied from these
 //!   | ROUND_END -----------------> |
 //!   | <------------------------ OK |   all of the round is stored
 //!   |   …                          |
-//!   | BATCH*, MANIFEST*            |
+//!   | BATCH*, COMPLETE, NAMED*,    |
+//!   | MANIFEST*                    |
 //!   | FINISH --------------------> |
 //!   | <------------------ FINISHED |   the store holds exactly the manifest's pages, and is sealed
 //!   | <-------------------- FAILED |   instead of any answer, and nothing after it
 //! ```
 
 use haulage_protocol::unit::Pages;
+use haulage_service::bulk::Cargo;
 use haulage_transport::stream::FrameKind;
 use serde::{Deserialize, Serialize};
 
-/// The session's role on the bulk listener.
-pub(crate) const ROLE: &str = "pages";
+/// What the sessions are for.
+pub(crate) const CARGO: Cargo = Cargo { role: "pages", failed: own(6) };
 
 const fn own(n: u16) -> FrameKind {
     FrameKind(FrameKind::FIRST_OWN.0 + n)
@@ -35,8 +39,10 @@ pub(crate) const FINISH: FrameKind = own(3);
 pub(crate) const OK: FrameKind = own(4);
 /// The target has sealed its store: a [`Finished`].
 pub(crate) const FINISHED: FrameKind = own(5);
-/// The target gives up: a `Fault`.
-pub(crate) const FAILED: FrameKind = own(6);
+/// How many batches have been sent on all connections, since the beginning.
+pub(crate) const COMPLETE: FrameKind = own(7);
+/// Pages as names of others.
+pub(crate) const NAMED: FrameKind = own(8);
 
 /// What the sealed store holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

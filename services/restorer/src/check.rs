@@ -38,16 +38,8 @@ pub(crate) async fn check(
     let facts = target_facts(&service.docker, &spec).await.map_err(|error| failure::gather(&error))?;
     let image = if facts.image_present { Bytes(0) } else { ask.image_size };
     let need = Need { memory: ask.memory.0, disk: (ask.disk + image).0 };
-    let refusals = target_refusals(&spec, &source, &facts, need);
-    match refusals.split_first() {
-        None => Ok(Checked { image_present: facts.image_present }),
-        Some((first, others)) => {
-            let code = FaultCode::new(first.code.as_str());
-            let mut fault = Fault::new(code, first.message.clone()).remedy(first.remedy.clone());
-            fault.causes = others.iter().map(|other| format!("also refused: {other}")).collect();
-            Err(fault)
-        }
-    }
+    failure::refused(&target_refusals(&spec, &source, &facts, need))?;
+    Ok(Checked { image_present: facts.image_present })
 }
 
 fn criu_is_fit(service: &Restorer, migration: &MigrationId) -> Result<(), Fault> {

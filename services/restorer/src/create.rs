@@ -1,7 +1,5 @@
 //! The container, created again and not started.
 
-use std::error::Error;
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,7 +10,6 @@ use haulage_protocol::id::MigrationId;
 use haulage_protocol::restorer::{Create, Created};
 use haulage_protocol::syncer::TargetRoot;
 use haulage_service::chain;
-use haulage_service::config::HostConfig;
 
 use crate::check::decode;
 use crate::failure::{self, CONFLICT, ENGINE, STATE, fault};
@@ -26,7 +23,7 @@ pub(crate) async fn create(
     ask: Create,
 ) -> Result<Created, Fault> {
     let dir = service.dir(&migration);
-    if let Some(notes) = Notes::read(&dir).map_err(fault(STATE))? {
+    if let Some(notes) = Notes::load(&dir).await? {
         // Asked again by another owner, or after a restart: what was half made is made anew.
         tracing::info!(%migration, container = ?notes.container, "created before, begins again");
         finish::undo(service.clone(), migration.clone()).await?;
@@ -48,8 +45,8 @@ async fn make(
     spec: ContainerSpec,
 ) -> Result<Created, Fault> {
     let docker = &service.docker;
-    let mut notes = Notes { spec, container: None, volumes: Vec::new(), complete: None, armed: false };
-    notes.write(dir).map_err(fault(STATE))?;
+    let mut notes = Notes::of(spec);
+    notes.store(dir).await?;
     for (_, volume) in notes.spec.clone().volumes().filter(|(_, volume)| !volume.anonymous) {
         match docker.volume(&volume.name).await {
             Err(error) if error.is_not_found() => {}
@@ -62,7 +59,7 @@ async fn make(
             }
         }
         notes.volumes.push(volume.name.clone());
-        notes.write(dir).map_err(fault(STATE))?;
+        notes.store(dir).await?;
         let made = docker.create_volume(&volume.name, &volume.driver, &volume.options, &volume.labels).await;
         made.map_err(|error| failure::engine(&error))?;
     }
@@ -75,8 +72,9 @@ async fn make(
     let id = docker.create(&working_name(migration), &request.body).await;
     let id = id.map_err(|error| failure::engine(&error))?;
     notes.container = Some(id.clone());
-    notes.write(dir).map_err(fault(STATE))?;
-    bar(&service.armed, migration.as_str(), &id).map_err(fault(STATE))?;
+    notes.store(dir).await?;
+    let (barred, at) = (id.clone(), migration.clone());
+    service.armed(move |armed| bar(armed, at.as_str(), &barred)).await?;
     for (network, endpoint) in &request.connect {
         docker.connect_network(network, &id, endpoint).await.map_err(|error| failure::engine(&error))?;
     }
@@ -86,7 +84,7 @@ async fn make(
         tracing::warn!(%migration, %difference, "the container is not quite what it was");
     }
     let images = dir.join(IMAGES);
-    std::fs::create_dir_all(&images).map_err(fault(STATE))?;
+    tokio::fs::create_dir_all(&images).await.map_err(fault(STATE))?;
     let roots = roots(docker, &ours.spec, images).await?;
     Ok(Created { container: id.parse().map_err(fault(ENGINE))?, roots })
 }
@@ -99,17 +97,11 @@ fn bar(armed: &ArmedRoot, migration: &str, id: &str) -> Result<(), ArmedError> {
 }
 
 /// Bars again what was barred before a reboot: notes survive it, armed states do not.
-pub(crate) fn bar_again(config: &HostConfig, armed: &ArmedRoot) -> Result<(), Box<dyn Error + Send + Sync>> {
-    let migrations = match std::fs::read_dir(config.state_dir.join("migrations")) {
-        Ok(migrations) => migrations,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error.into()),
-    };
-    for migration in migrations {
-        let migration = migration?;
-        let Some(Notes { container: Some(id), .. }) = Notes::read(&migration.path())? else { continue };
-        if armed.state(&id)? == State::Absent {
-            bar(armed, &migration.file_name().to_string_lossy(), &id)?;
+pub(crate) fn bar_again(left: &[(MigrationId, Notes)], armed: &ArmedRoot) -> Result<(), ArmedError> {
+    for (migration, notes) in left {
+        let Some(id) = &notes.container else { continue };
+        if armed.state(id)? == State::Absent {
+            bar(armed, migration.as_str(), id)?;
         }
     }
     Ok(())

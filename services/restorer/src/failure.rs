@@ -2,7 +2,8 @@
 
 use haulage_engine::{EngineError, EngineErrorKind, GatherError};
 use haulage_protocol::fault::{Fault, FaultCode};
-pub(crate) use haulage_service::failure::{ENGINE, fault, joined};
+use haulage_service::failure;
+pub(crate) use haulage_service::failure::{ENGINE, blocking, fault, joined, refused};
 
 /// Something of that name appeared on this host after it was checked.
 pub(crate) const CONFLICT: FaultCode = FaultCode::known("target_conflict");
@@ -20,16 +21,10 @@ pub(crate) fn engine(error: &EngineError) -> Fault {
         EngineErrorKind::Conflict => {
             Fault::from_error(CONFLICT, error).remedy("remove or rename what has that name on the target")
         }
-        EngineErrorKind::Unreachable | EngineErrorKind::Timeout => {
-            Fault::from_error(ENGINE, error).remedy("see whether dockerd runs on the host")
-        }
-        _ => Fault::from_error(ENGINE, error),
+        _ => failure::engine(error),
     }
 }
 
 pub(crate) fn gather(error: &GatherError) -> Fault {
-    match error {
-        GatherError::Engine(error) => engine(error),
-        other => Fault::from_error(ENGINE, other),
-    }
+    failure::gather(error, engine)
 }

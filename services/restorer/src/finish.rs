@@ -5,18 +5,43 @@ use std::sync::Arc;
 use haulage_engine::{Engine, EngineErrorKind};
 use haulage_protocol::fault::Fault;
 use haulage_protocol::id::MigrationId;
-use haulage_protocol::restorer::{Adopt, Adopted, Undone, Verified, Verify};
+use haulage_protocol::restorer::{Adopt, Adopted, Filled, Undone, Verified, Verify};
+use haulage_protocol::unit::{Micros, Pages};
 
-use crate::Restorer;
-use crate::failure::{self, ENGINE, NOT_RUNNING, STATE, fault};
+use crate::failure::{self, ENGINE, NOT_RUNNING, STATE, blocking, fault};
+use crate::guard;
+use crate::kill::silence_container;
 use crate::notes::{Notes, working_name};
+use crate::{Restorer, WORK};
 
-pub(crate) async fn verify(service: Arc<Restorer>, ask: Verify) -> Result<Verified, Fault> {
+/// Waits until the container has all its memory, and looks whether it runs.
+pub(crate) async fn verify(
+    service: Arc<Restorer>,
+    migration: MigrationId,
+    ask: Verify,
+) -> Result<Verified, Fault> {
+    // Filling may take longer than a guard waits.
+    service.guards.dismiss(&migration).await;
+    let work = service.dir(&migration).join(WORK);
+    let filled = service.memories.complete(&migration, &work, ask.container.as_str()).await?;
     let found =
         service.docker.inspect(ask.container.as_str()).await.map_err(|error| failure::engine(&error))?;
     let state = found.state().map_err(fault(ENGINE))?;
     if state.running && !state.paused && state.pid > 0 {
-        return Ok(Verified { pid: state.pid });
+        let dir = service.dir(&migration);
+        if let Some(mut notes) = Notes::load(&dir).await? {
+            guard::unmute(&service, &dir, &mut notes).await?;
+        }
+        service.guards.watch(dir, &migration, state.pid);
+        return Ok(Verified {
+            pid: state.pid,
+            filled: Filled {
+                took: Micros(filled.took_us),
+                faults: Pages(filled.faults),
+                on_demand: Pages(filled.on_demand),
+                in_background: Pages(filled.in_background),
+            },
+        });
     }
     let message = format!("the container ended after its restore, with exit code {}", state.exit_code);
     Err(Fault::new(NOT_RUNNING, message).remedy("see its log on the source: it goes on there"))
@@ -27,11 +52,13 @@ pub(crate) async fn adopt(
     migration: MigrationId,
     ask: Adopt,
 ) -> Result<Adopted, Fault> {
+    service.guards.dismiss(&migration).await;
     let dir = service.dir(&migration);
-    let Some(notes) = Notes::read(&dir).map_err(fault(STATE))? else {
+    let Some(mut notes) = Notes::load(&dir).await? else {
         // Done before: an adoption that is asked for again.
         return Ok(Adopted {});
     };
+    guard::unmute(&service, &dir, &mut notes).await?;
     let id = ask.container.as_str();
     let policy = notes.spec.restart_policy();
     // Docker refuses to change the policy of a container that it removes when it ends, which has none.
@@ -41,20 +68,31 @@ pub(crate) async fn adopt(
             _ => {}
         }
     }
-    service.armed.disarm(id).map_err(fault(STATE))?;
-    notes.remove(&dir).map_err(fault(STATE))?;
+    service.disarm(id).await?;
+    service.memories.forget(&migration);
+    notes.forget(&dir).await?;
     Ok(Adopted {})
 }
 
 /// Removes whatever the notes tell of, in the reverse order of making. Safe to repeat.
 pub(crate) async fn undo(service: Arc<Restorer>, migration: MigrationId) -> Result<Undone, Fault> {
+    service.guards.dismiss(&migration).await;
     let dir = service.dir(&migration);
-    let Some(notes) = Notes::read(&dir).map_err(fault(STATE))? else { return Ok(Undone {}) };
+    let Some(notes) = Notes::load(&dir).await? else { return Ok(Undone {}) };
     // A creation that was cut off before its id was noted left the working name.
     let container = notes.container.clone().unwrap_or_else(|| working_name(&migration));
+    service.starts.call_off(&migration).await;
+    if let Some(id) = notes.container.clone() {
+        let silenced = tokio::task::spawn_blocking(move || silence_container(&id)).await;
+        if let Ok(Err(error)) = silenced {
+            tracing::warn!(%migration, %error, "a container that is to be removed was not silenced");
+        }
+    }
     remove_container(&service, &container).await?;
+    let (worker, at, work) = (service.clone(), migration.clone(), dir.join(WORK));
+    blocking(move || worker.memories.end(&at, &work).map_err(fault(STATE))).await?;
     if let Some(id) = &notes.container {
-        service.armed.disarm(id).map_err(fault(STATE))?;
+        service.disarm(id).await?;
     }
     for volume in &notes.volumes {
         match service.docker.remove_volume(volume).await {
@@ -62,7 +100,7 @@ pub(crate) async fn undo(service: Arc<Restorer>, migration: MigrationId) -> Resu
             _ => {}
         }
     }
-    notes.remove(&dir).map_err(fault(STATE))?;
+    notes.forget(&dir).await?;
     Ok(Undone {})
 }
 

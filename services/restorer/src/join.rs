@@ -3,7 +3,7 @@
 use std::io;
 use std::path::Path;
 
-use haulage_criu::merge::{Assembly, PageSource};
+use haulage_criu::merge::{Assembly, Fill, PageSource};
 use haulage_criu::pagemap::PageRun;
 use haulage_pages::process::Vpid;
 use haulage_pages::range::{PageNo, PageRange};
@@ -13,7 +13,8 @@ use haulage_protocol::unit::PAGE_SIZE;
 
 use crate::failure::{IMAGES, fault};
 
-/// Joins the images in `received` with the sealed store in `store`; the result is in `complete`.
+/// Joins the images in `received` with the sealed store in `store`; the result is in `complete`. Pages that can come
+/// later are only named there.
 pub(crate) fn join(received: &Path, store: &Path, complete: &Path) -> Result<(), Fault> {
     let store = SealedStore::open(store).map_err(fault(IMAGES))?;
     let assembly = Assembly::begin(received, complete).map_err(fault(IMAGES))?;
@@ -24,7 +25,7 @@ pub(crate) fn join(received: &Path, store: &Path, complete: &Path) -> Result<(),
         }
         let runs = pages.iter().collect::<Vec<_>>().into_iter();
         let mut source = Stored { store: &store, vpid, runs };
-        assembly.add_pages(vpid.0, &mut source).map_err(fault(IMAGES))?;
+        assembly.add_pages(vpid.0, &mut source, Fill::Later).map_err(fault(IMAGES))?;
     }
     Ok(())
 }

@@ -1,24 +1,26 @@
 //! The container comes to life.
 
-use std::path::Path;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use haulage_criu::dump::DESCRIPTORS;
 use haulage_engine::Engine;
 use haulage_engine::RunState;
-use haulage_engine::armed::{Armed, State};
+use haulage_engine::armed::{Outcome, State};
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::MigrationId;
-use haulage_protocol::restorer::{Restore, Restored};
+use haulage_protocol::restorer::{Prepare, Restore, Restored};
 use haulage_protocol::unit::Micros;
 use haulage_service::now;
-use haulage_sys::Pid;
-use haulage_sys::arp::announce_all;
 
 use crate::create::told;
-use crate::failure::{self, ENGINE, RESTORE, STATE, fault, joined};
+use crate::failure::{self, ENGINE, IMAGES as BAD_IMAGES, RESTORE, blocking, fault};
 use crate::notes::Notes;
-use crate::{COMPLETE, IMAGES, Restorer, WORK, join};
+use crate::prepare::prepare;
+use crate::{COMPLETE, IMAGES, Restorer, join};
 
 /// An engine that was asked to start a container comes to the runtime within this time.
 const ENGINE_COMES_WITHIN: Duration = Duration::from_secs(5);
@@ -33,38 +35,56 @@ pub(crate) async fn restore(
 ) -> Result<Restored, Fault> {
     let dir = service.dir(&migration);
     let id = ask.container.as_str();
-    let Some(mut notes) = Notes::read(&dir).map_err(fault(STATE))? else {
+    let Some(notes) = Notes::load(&dir).await? else {
         return Err(Fault::new(code::OUT_OF_ORDER, "the container was not created here for this migration"));
     };
     let began = Instant::now();
-    if notes.armed
-        && let Some(state) = began_before(&service, id).await?
-    {
-        announce_from(&notes, state.pid).await;
-        return Ok(Restored { at: now(), merge: Micros(0), start: Micros::from_duration(began.elapsed()) });
-    }
-    let prepared = {
-        let (service, id, store) = (service.clone(), id.to_owned(), ask.store.clone());
-        tokio::task::spawn_blocking(move || {
-            prepare(&service, &migration, &id, store.as_ref(), &mut notes).map(|()| notes)
-        })
+    let waiting = match service.starts.take(&migration) {
+        Some(waiting) => waiting,
+        // Another life of this service had prepared it. It may have gone further than that.
+        None => {
+            if notes.armed
+                && let Some(state) = began_before(&service, id).await?
+            {
+                service.guards.watch(dir, &migration, state.pid);
+                let start = Micros::from_duration(began.elapsed());
+                return Ok(Restored { at: now(), merge: Micros(0), start, since: Micros(0) });
+            }
+            let descriptors = descriptors(&dir.join(IMAGES)).map_err(fault(BAD_IMAGES))?;
+            let ask = Prepare { container: ask.container.clone(), store: ask.store.clone(), descriptors };
+            prepare(service.clone(), migration.clone(), ask).await?;
+            let taken = || Fault::new(code::INTERNAL, "a runtime that waited was taken by another command");
+            service.starts.take(&migration).ok_or_else(taken)?
+        }
     };
-    let notes = joined(prepared.await)?;
+    let (received, complete, store) = (dir.join(IMAGES), dir.join(COMPLETE), PathBuf::from(&ask.store));
+    blocking(move || join::join(&received, &store, &complete)).await?;
     let merge = Micros::from_duration(began.elapsed());
     let began = Instant::now();
-    if let Err(error) = service.docker.start(id).await {
-        return Err(failed(&service, id, Some(&error)));
+    if let Err(error) = waiting.go().await {
+        return Err(failed(&service, id, Some(&error)).await);
     }
-    let at = now();
+    let (spoke, replied) = (outcome(&service, id).await?, began.elapsed());
     let state = service.docker.inspect(id).await.map_err(|error| failure::engine(&error))?;
     let state = state.state().map_err(fault(ENGINE))?;
     // An engine that found it running, or a runtime that looked elsewhere for the armed state, has restored nothing.
-    let restored = service.armed.state(id).map_err(fault(STATE))? == State::Restored;
+    let restored = service.armed_state(id).await? == State::Restored;
     if !restored || !state.running || state.pid <= 0 {
-        return Err(failed(&service, id, None));
+        return Err(failed(&service, id, None).await);
     }
-    announce_from(&notes, state.pid).await;
-    Ok(Restored { at, merge, start: Micros::from_duration(began.elapsed()) })
+    service.guards.watch(dir, &migration, state.pid);
+    let start = spoke.map_or(replied, |outcome| Duration::from_micros(outcome.start_us));
+    Ok(Restored {
+        at: now(),
+        merge,
+        start: Micros::from_duration(start),
+        since: Micros::from_duration(began.elapsed().saturating_sub(start)),
+    })
+}
+
+/// As the dump has them.
+fn descriptors(images: &Path) -> io::Result<Vec<String>> {
+    Ok(serde_json::from_slice(&fs::read(images.join(DESCRIPTORS))?)?)
 }
 
 /// Whether a restorer that has died since had begun this restore. The engine and the runtime went on without it, so
@@ -72,68 +92,41 @@ pub(crate) async fn restore(
 async fn began_before(service: &Restorer, id: &str) -> Result<Option<RunState>, Fault> {
     let began = Instant::now();
     loop {
-        match service.armed.state(id).map_err(fault(STATE))? {
+        match service.armed_state(id).await? {
             State::Absent => return Ok(None),
             // Armed, and the engine was perhaps never asked to start it: asking twice is harmless.
             State::Armed(_) if began.elapsed() >= ENGINE_COMES_WITHIN => return Ok(None),
             State::Restored => break,
-            State::Consumed if service.armed.outcome(id).map_err(fault(STATE))?.is_some_and(|o| !o.ok) => {
-                return Err(failed(service, id, None));
+            State::Consumed if outcome(service, id).await?.is_some_and(|outcome| !outcome.ok) => {
+                return Err(failed(service, id, None).await);
             }
-            State::Consumed if began.elapsed() >= RESTORED_WITHIN => return Err(failed(service, id, None)),
+            State::Consumed if began.elapsed() >= RESTORED_WITHIN => {
+                return Err(failed(service, id, None).await);
+            }
             State::Armed(_) | State::Consumed => tokio::time::sleep(LOOK_AGAIN_AFTER).await,
         }
     }
     let state = service.docker.inspect(id).await.map_err(|error| failure::engine(&error))?;
     let state = state.state().map_err(fault(ENGINE))?;
-    if state.running && state.pid > 0 { Ok(Some(state)) } else { Err(failed(service, id, None)) }
+    if state.running && state.pid > 0 { Ok(Some(state)) } else { Err(failed(service, id, None).await) }
 }
 
-/// Switches and neighbours still point at the old host.
-async fn announce_from(notes: &Notes, init: i32) {
-    let addresses = notes.spec.addresses();
-    let announced = tokio::task::spawn_blocking(move || {
-        let init = Pid::from_raw(init).ok_or_else(|| std::io::Error::other("no such process"))?;
-        announce_all(init, &addresses)
-    });
-    // The container runs and answers; neighbours find it when they ask again.
-    match announced.await {
-        Ok(Ok(absent)) if absent.is_empty() => {}
-        Ok(Ok(absent)) => tracing::warn!(init, ?absent, "no interface has these addresses to announce"),
-        Ok(Err(error)) => tracing::warn!(init, %error, "its addresses were not announced"),
-        Err(error) => tracing::warn!(init, %error, "its addresses were not announced"),
-    }
-}
-
-/// Complete images, and a runtime that will restore them.
-fn prepare(
-    service: &Restorer,
-    migration: &MigrationId,
-    id: &str,
-    store: &Path,
-    notes: &mut Notes,
-) -> Result<(), Fault> {
-    let dir = service.dir(migration);
-    let (received, complete, work) = (dir.join(IMAGES), store.with_file_name(COMPLETE), dir.join(WORK));
-    notes.complete = Some(complete.clone());
-    notes.write(&dir).map_err(fault(STATE))?;
-    std::fs::create_dir_all(&work).map_err(fault(STATE))?;
-    join::join(&received, store, &complete)?;
-    let armed = Armed::new(migration.as_str(), complete, work);
-    // Until here it was barred from starting.
-    service.armed.disarm(id).map_err(fault(STATE))?;
-    service.armed.arm(id, &armed).map_err(fault(STATE))?;
-    notes.armed = true;
-    notes.write(&dir).map_err(fault(STATE))
+async fn outcome(service: &Restorer, id: &str) -> Result<Option<Outcome>, Fault> {
+    let id = id.to_owned();
+    service.armed(move |armed| armed.outcome(&id)).await
 }
 
 /// What the runtime knows of the failure says more than the engine does.
-fn failed(service: &Restorer, id: &str, error: Option<&haulage_engine::EngineError>) -> Fault {
+pub(crate) async fn failed(
+    service: &Restorer,
+    id: &str,
+    error: Option<&(dyn std::error::Error + Send + Sync)>,
+) -> Fault {
     let mut fault = Fault::new(RESTORE, "the container did not come to life on the target");
-    match service.armed.outcome(id) {
+    match outcome(service, id).await {
         Ok(Some(outcome)) => fault.causes.extend(outcome.error),
         Ok(None) => fault.causes.push("the runtime did not get as far as the restore".to_owned()),
-        Err(error) => fault.causes.push(told(&error)),
+        Err(error) => fault.causes.push(error.to_string()),
     }
     fault.causes.extend(error.map(|error| told(error)));
     fault.remedy("the container goes on where it was; the cause above is CRIU's or the engine's")

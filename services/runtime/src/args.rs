@@ -71,6 +71,11 @@ pub(crate) fn global<'a>(args: &'a [OsString], name: &str) -> Option<&'a OsStr> 
     read.options.into_iter().rev().find(|(option, _)| *option == name).map(|(_, value)| value)
 }
 
+/// Whether a global option without a value was given.
+pub(crate) fn has_global(args: &[OsString], name: &str) -> bool {
+    GLOBAL.read(args).is_some_and(|read| read.flags.contains(&name))
+}
+
 struct Options {
     valued: &'static [&'static str],
     flags: &'static [&'static str],

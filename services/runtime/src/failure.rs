@@ -44,6 +44,21 @@ pub(crate) enum Failure {
         /// Why.
         cause: Cause,
     },
+    /// Its network could not be made, or not be opened.
+    #[error("haul-runtime: the container's network cannot be made")]
+    Network(#[source] Box<dyn Error + Send + Sync>),
+    /// CRIU could not be told its cgroup.
+    #[error("haul-runtime: the container's cgroup cannot be told to criu")]
+    Cgroup(#[source] Box<dyn Error + Send + Sync>),
+    /// Its root file system could not be mounted anew.
+    #[error("haul-runtime: the container's root file system cannot be mounted anew")]
+    Root(#[source] io::Error),
+    /// What stands in CRIU's place until the state is there does not work.
+    #[error("haul-runtime: cannot stand in for criu")]
+    Gate(#[source] io::Error),
+    /// Whoever armed it does not want it any more, or is gone.
+    #[error("haul-runtime: the restore of migration {0} was called off")]
+    CalledOff(String),
     /// The restore succeeded and that could not be recorded; the container was killed again.
     #[error("haul-runtime: the restore cannot be recorded")]
     Record(#[source] ArmedError),

@@ -1,15 +1,22 @@
 //! `create` of an armed container: `runc restore` in its place.
 
 use std::ffi::{OsStr, OsString};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use haulage_criu::cause::Cause;
-use haulage_engine::armed::{Armed, ArmedRoot, Outcome};
+use haulage_engine::armed::{Armed, ArmedRoot, Outcome, State};
+use haulage_sys::Pid;
+use haulage_sys::arp::announce_all;
 
 use crate::RUNC;
-use crate::args::{Create, global};
+use crate::args::{Create, global, has_global};
+use crate::cgroup;
 use crate::failure::Failure;
+use crate::gate;
+use crate::network::Network;
+use crate::root;
 
 /// What runc has CRIU call its log, in the working directory.
 const RESTORE_LOG: &str = "restore.log";
@@ -21,29 +28,62 @@ const RESTORE_LOG: &str = "restore.log";
 /// # Errors
 /// The container does not run. Unless the state could not even be consumed, the failure is recorded too.
 pub(crate) fn restore(
-    root: &ArmedRoot,
+    armed_root: &ArmedRoot,
     create: &Create<'_>,
     armed: &Armed,
     called: Instant,
 ) -> Result<(), Failure> {
     let arguments = arguments(create, armed)?;
-    root.consume(create.id)?;
-    let begun = Instant::now();
+    let bundle = create.options.iter().find(|(name, _)| *name == "bundle").map(|(_, path)| Path::new(path));
+    let bundle = bundle.ok_or(Failure::Missing("bundle"))?;
+    let network = armed.network_first.then(|| Network::make(bundle, create.id)).transpose()?;
+    cgroup::tell(bundle, create.id, has_global(create.globals, "systemd-cgroup"), &armed.work)?;
+    let made = called.elapsed();
+    let restoring = Instant::now();
     // runc inherits our standard streams: they become the container's.
-    let status = Command::new(RUNC).args(arguments).status();
+    let mut runc = Command::new(RUNC);
+    runc.args(arguments);
+    if armed.wait {
+        let container_root = root::of(bundle).map_err(Failure::Root)?;
+        gate::set_up(&mut runc, &armed.work, create.id, &container_root).map_err(Failure::Gate)?;
+    } else {
+        armed_root.consume(create.id)?;
+    }
+    let status = runc.status();
+    if matches!(armed_root.state(create.id)?, State::Armed(_)) {
+        // The word has not come: nothing is restored, and nothing is used up.
+        return Err(match cause(create, armed) {
+            cause if cause.errors.is_empty() => Failure::CalledOff(armed.migration.clone()),
+            cause => Failure::Restore { migration: armed.migration.clone(), cause },
+        });
+    }
+    let restored_in = armed_root.since_go(create.id)?.unwrap_or_else(|| restoring.elapsed());
     let mut outcome = Outcome {
         ok: matches!(&status, Ok(status) if status.success()),
         exit_code: status.as_ref().ok().and_then(|status| status.code()),
         error: None,
-        prepare_us: micros(begun.duration_since(called)),
-        restore_us: micros(begun.elapsed()),
+        prepare_us: micros(made),
+        restore_us: micros(restored_in),
+        start_us: 0,
     };
     if outcome.ok {
-        return root.record(create.id, &outcome).map_err(|error| {
-            // A container that runs unknown to the restorer could run twice.
-            destroy(create);
-            Failure::Record(error)
-        });
+        // A container that runs unknown to the restorer could run twice; until now nobody has heard from it.
+        let shown = armed_root.record(create.id, &outcome).map_err(Failure::Record);
+        let shown = shown.and_then(|()| network.map_or(Ok(()), Network::open));
+        let Err(failure) = shown else {
+            announce(create, armed);
+            let start = armed_root.since_go(create.id)?;
+            outcome.start_us = micros(start.unwrap_or_else(|| restoring.elapsed()));
+            // It is recorded as restored; this says only how long it took.
+            let _ = armed_root.record_time(create.id, &outcome);
+            return Ok(());
+        };
+        destroy(create);
+        outcome.ok = false;
+        outcome.error = Some(failure.chain());
+        // Without a good record it counts as failed.
+        let _ = armed_root.record(create.id, &outcome);
+        return Err(failure);
     }
     let failure = match status {
         Err(error) => Failure::Runc(error),
@@ -51,8 +91,18 @@ pub(crate) fn restore(
     };
     outcome.error = Some(failure.chain());
     // The reason of the failure matters more than that it could not be recorded: without a record it counts as failed.
-    let _ = root.record(create.id, &outcome);
+    let _ = armed_root.record(create.id, &outcome);
     Err(failure)
+}
+
+/// Switches and neighbours still point at the old host. If they are not told they find the container when they ask
+/// again, so this does not fail.
+fn announce(create: &Create<'_>, armed: &Armed) {
+    let file = create.options.iter().find(|(name, _)| *name == "pid-file");
+    let pid = file.and_then(|(_, path)| std::fs::read_to_string(path).ok()?.trim().parse().ok());
+    if let Some(pid) = pid.and_then(Pid::from_raw) {
+        let _ = announce_all(pid, &armed.addresses);
+    }
 }
 
 fn arguments(create: &Create<'_>, armed: &Armed) -> Result<Vec<OsString>, Failure> {
@@ -75,6 +125,7 @@ fn arguments(create: &Create<'_>, armed: &Armed) -> Result<Vec<OsString>, Failur
     option(&mut args, "image-path", armed.images.as_os_str());
     option(&mut args, "work-path", armed.work.as_os_str());
     let choices = [
+        (armed.lazy_pages, "--lazy-pages"),
         (armed.tcp_established, "--tcp-established"),
         (armed.file_locks, "--file-locks"),
         (armed.ext_unix_sk, "--ext-unix-sk"),
@@ -124,7 +175,7 @@ mod tests {
     fn built(line: &str) -> Result<String, Failure> {
         let args: Vec<OsString> = line.split_whitespace().map(Into::into).collect();
         let Call::Create(create) = parse(&args) else { panic!("{line}") };
-        let args = arguments(&create, &Armed::new("m", "/images", "/work"))?;
+        let args = arguments(&create, &Armed { lazy_pages: true, ..Armed::new("m", "/images", "/work") })?;
         Ok(args.join(OsStr::new(" ")).into_string().unwrap())
     }
 
@@ -133,7 +184,7 @@ mod tests {
         assert_eq!(
             built("--root /r --log /l create --bundle /b --pid-file /p --no-new-keyring abc").unwrap(),
             "--root /r --log /l restore --detach --bundle /b --pid-file /p --image-path /images --work-path /work \
-             --tcp-established --file-locks --ext-unix-sk abc"
+             --lazy-pages --tcp-established --file-locks --ext-unix-sk abc"
         );
     }
 

@@ -21,7 +21,7 @@ use std::process::{Command, Stdio};
 
 use container::{Container, poll};
 use haulage_criu::dump::Dump;
-use haulage_criu::merge::Assembly;
+use haulage_criu::merge::{Assembly, Fill};
 use haulage_criu::swrk::Criu;
 use haulage_engine::armed::{Armed, ArmedRoot, State};
 
@@ -54,7 +54,7 @@ fn take_away(container: &Container) -> u64 {
     let held = Dump::start(&criu, &container.request(), Some(mask)).unwrap();
     let ticks = container.status().0;
     let assembly = Assembly::begin(&container.images(), &container.complete()).unwrap();
-    assembly.add_pages(1, &mut stored).unwrap();
+    assembly.add_pages(1, &mut stored, Fill::AtRestore).unwrap();
     held.commit().unwrap();
     container.delete();
     ticks

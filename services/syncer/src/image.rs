@@ -16,7 +16,7 @@ use tokio_util::io::ReaderStream;
 
 use crate::Syncer;
 use crate::archive::{ImageManifest, What, member_path, put_together, take_apart};
-use crate::failure::{self, IMAGE, fault};
+use crate::failure::{self, IMAGE, blocking, fault};
 
 const KIND: &str = "image";
 
@@ -35,7 +35,7 @@ pub(crate) async fn push(
         None => Bytes(0),
     };
     if pushed.present == Bytes(0) {
-        let scratch = Scratch::make(service.config.migration_dir(&migration), "image-out")?;
+        let scratch = Scratch::make(service.config.migration_dir(&migration), "image-out").await?;
         put_image(&service, &ask.image, name, &scratch.dir, &mut pushed).await?;
     }
     pushed.took = Micros::from_duration(began.elapsed());
@@ -106,7 +106,7 @@ pub(crate) async fn pull(
         Fault::new(IMAGE, format!("the bucket has no image {}", ask.image))
             .remedy("see that --bucket names the same store on both hosts")
     })?;
-    let scratch = Scratch::make(service.config.migration_dir(&migration), "image-in")?;
+    let scratch = Scratch::make(service.config.migration_dir(&migration), "image-in").await?;
     let read = fetch(&service, &manifest, &scratch.dir).await?;
     let tar = scratch.dir.join("image.tar");
     let (members, pieces, to) = (manifest.members.clone(), scratch.dir.clone(), tar.clone());
@@ -149,7 +149,7 @@ async fn fetch(service: &Syncer, manifest: &ImageManifest, dir: &Path) -> Result
     for member in &manifest.members {
         if let What::File { digest, .. } = &member.what {
             let path = member_path(dir, digest);
-            if !path.exists() {
+            if !tokio::fs::try_exists(&path).await.map_err(fault(IMAGE))? {
                 let got = service.bucket.get_to_file(*digest, &path).await;
                 read += Bytes(got.map_err(|error| failure::bucket(&error))?);
             }
@@ -173,17 +173,22 @@ struct Scratch {
 }
 
 impl Scratch {
-    fn make(migration: PathBuf, name: &'static str) -> Result<Self, Fault> {
-        notes::remove(&migration, &[name]).map_err(fault(IMAGE))?;
-        let dir = migration.join(name);
-        std::fs::create_dir_all(&dir).map_err(fault(IMAGE))?;
-        Ok(Self { migration, name, dir })
+    async fn make(migration: PathBuf, name: &'static str) -> Result<Self, Fault> {
+        let work = move || {
+            notes::remove(&migration, &[name]).map_err(fault(IMAGE))?;
+            let dir = migration.join(name);
+            std::fs::create_dir_all(&dir).map_err(fault(IMAGE))?;
+            Ok(Self { migration, name, dir })
+        };
+        blocking(work).await
     }
 }
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        if let Err(error) = notes::remove(&self.migration, &[self.name]) {
+        // Whoever asked is told only when it is gone, and an image can be large.
+        let removed = tokio::task::block_in_place(|| notes::remove(&self.migration, &[self.name]));
+        if let Err(error) = removed {
             tracing::warn!(dir = %self.dir.display(), %error, "a scratch directory was not removed");
         }
     }

@@ -12,26 +12,27 @@ use std::error::Error;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use haulage_engine::Docker;
-use haulage_protocol::fault::Fault;
+use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::MigrationId;
 use haulage_protocol::syncer::{
     CloseFiles, FilesClosed, OpenFiles, PersistFiles, PullImage, PushImage, SyncFiles,
 };
 use haulage_service::Shell;
+use haulage_service::bulk::{Arrivals, PACE};
 use haulage_service::config::HostConfig;
+use haulage_service::notes;
 use haulage_transport::bucket::Bucket;
-use haulage_transport::stream::BulkListener;
+
+use crate::failure::{fault, joined};
+use crate::source::CARGO;
 
 /// What every verb works with.
 pub(crate) struct Syncer {
     config: HostConfig,
     docker: Docker,
     bucket: Bucket,
-    listener: BulkListener,
-    /// Where other hosts find it.
-    advertised: std::net::SocketAddr,
+    arrivals: Arrivals,
     sources: Mutex<HashMap<MigrationId, source::Session>>,
-    targets: Mutex<HashMap<MigrationId, target::Session>>,
 }
 
 /// Registers the verbs.
@@ -39,18 +40,15 @@ pub(crate) struct Syncer {
 /// # Errors
 /// When the engine cannot be reached, the bucket cannot be opened or the bulk address cannot be listened on.
 pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>> {
-    let listener = BulkListener::bind(shell.config.bulk_listen).await?;
-    let advertised = shell.config.advertised(listener.local_addr())?;
-    shell.facts.insert("files".to_owned(), advertised.to_string());
+    let arrivals = Arrivals::bind(&shell.config, CARGO).await?;
+    shell.facts.insert("files".to_owned(), arrivals.address().to_string());
     shell.facts.insert("bucket".to_owned(), shell.config.bucket.clone());
     let service = Arc::new(Syncer {
         docker: Docker::connect(shell.config.docker_socket().as_ref()).await?,
         bucket: Bucket::open(&shell.config.bucket)?,
         config: shell.config.clone(),
-        listener,
-        advertised,
+        arrivals,
         sources: Mutex::default(),
-        targets: Mutex::default(),
     });
     let server = &mut shell.server;
     let s = service.clone();
@@ -68,9 +66,9 @@ pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>
 
 async fn close(service: Arc<Syncer>, migration: MigrationId) -> Result<FilesClosed, Fault> {
     drop(service.sources.lock().unwrap_or_else(PoisonError::into_inner).remove(&migration));
-    let target = service.targets.lock().unwrap_or_else(PoisonError::into_inner).remove(&migration);
-    if let Some(target) = target {
-        target.end().await;
-    }
+    service.arrivals.close(&migration).await;
+    let dir = service.config.migration_dir(&migration);
+    let removed = tokio::task::spawn_blocking(move || notes::remove(&dir, &[PACE])).await;
+    joined(removed.map(|removed| removed.map_err(fault(code::INTERNAL))))?;
     Ok(FilesClosed {})
 }

@@ -8,10 +8,9 @@
 //! ```
 
 use std::collections::{BTreeSet, HashMap};
-use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::Bytes;
 use haulage_files::source::Scope;
@@ -21,29 +20,26 @@ use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::MigrationId;
 use haulage_protocol::syncer::{FilesSynced, SyncFiles, SyncRoot};
 use haulage_protocol::unit::{Bytes as Size, Micros};
-use haulage_transport::stream::{BulkConnection, FrameKind, Hello, SessionKey, StreamError};
+use haulage_service::bulk::{Cargo, Departure, pace};
+use haulage_transport::stream::FrameKind;
 use tokio::sync::mpsc;
 
 use crate::Syncer;
-use crate::failure::{MOUNTED, fault, files, no_answer, stream};
+use crate::failure::{MOUNTED, fault, files};
 
-/// The session's role on the bulk listener.
-pub(crate) const ROLE: &str = "files";
+/// What the sessions are for.
+pub(crate) const CARGO: Cargo = Cargo { role: "files", failed: FrameKind(FrameKind::FIRST_OWN.0 + 2) };
 /// Records of a pass.
 pub(crate) const FILES: FrameKind = FrameKind(FrameKind::FIRST_OWN.0);
 /// The target has a pass: a [`PassReport`].
 pub(crate) const REPORT: FrameKind = FrameKind(FrameKind::FIRST_OWN.0 + 1);
-/// The target gives up: a `Fault`.
-pub(crate) const FAILED: FrameKind = FrameKind(FrameKind::FIRST_OWN.0 + 2);
 
 /// Frames (some MiB each) that wait for the connection.
 const FRAMES_AHEAD: usize = 2;
-/// How long the target may take to finish what it was sent.
-const ANSWER_WITHIN: Duration = Duration::from_secs(120);
 
 /// A migration's files, where they leave.
 pub(crate) struct Session {
-    connection: BulkConnection,
+    target: Departure,
     /// What the target has of each root.
     bases: HashMap<String, Base>,
 }
@@ -57,14 +53,20 @@ pub(crate) async fn sync(
     let known = service.sources.lock().unwrap_or_else(PoisonError::into_inner).remove(&migration);
     let mut session = match known {
         Some(session) => session,
-        None => connect(&migration, &ask).await?,
+        None => {
+            let mut target = Departure::connect(&ask.address, &migration, &ask.token, CARGO).await?;
+            if let Some(pace) = pace(&service.config, &migration, ask.bandwidth).await? {
+                target.connection.keep_pace(pace);
+            }
+            Session { target, bases: HashMap::new() }
+        }
     };
-    let before = traffic(&session.connection);
+    let before = session.target.traffic();
     let mut synced = FilesSynced { entries: 0, sent: 0, deleted: 0, wire: Size(0), took: Micros(0) };
     for root in &ask.roots {
         let forced = forced(&ask.forced, &root.root);
         let base = session.bases.remove(&root.root);
-        let pass = pass(&mut session.connection, root, base, forced).await?;
+        let pass = pass(&mut session.target, root, base, forced).await?;
         if ask.frozen && pass.unsettled > 0 {
             let message = format!("{} files of {} changed while nothing runs", pass.unsettled, root.root);
             return Err(
@@ -86,23 +88,11 @@ pub(crate) async fn sync(
         synced.deleted += totals.removed;
         session.bases.insert(root.root.clone(), pass.base);
     }
-    synced.wire = Size(traffic(&session.connection) - before);
+    synced.wire = Size(session.target.traffic() - before);
     synced.took = Micros::from_duration(began.elapsed());
     // A session whose pass failed is not put back: the target has dropped what it had.
     service.sources.lock().unwrap_or_else(PoisonError::into_inner).insert(migration, session);
     Ok(synced)
-}
-
-async fn connect(migration: &MigrationId, ask: &SyncFiles) -> Result<Session, Fault> {
-    let address: SocketAddr = ask.address.parse().map_err(fault(code::MALFORMED))?;
-    let token = ask.token.reveal().parse().map_err(fault(code::MALFORMED))?;
-    let hello = Hello { session: SessionKey::new(migration.as_str(), ROLE), token };
-    let connection = BulkConnection::connect(address, &hello).await.map_err(|error| stream(&error))?;
-    Ok(Session { connection, bases: HashMap::new() })
-}
-
-fn traffic(connection: &BulkConnection) -> u64 {
-    connection.sent_bytes() + connection.received_bytes()
 }
 
 fn forced(all: &[MappedFile], root: &str) -> BTreeSet<RelPath> {
@@ -127,61 +117,25 @@ fn tree(root: &SyncRoot) -> Result<Source, Fault> {
 
 /// A pass from a thread of its own into the connection.
 async fn pass(
-    connection: &mut BulkConnection,
+    target: &mut Departure,
     root: &SyncRoot,
     base: Option<Base>,
     forced: BTreeSet<RelPath>,
 ) -> Result<Pass, Fault> {
     let source = tree(root)?;
-    let (frames, mut ready) = mpsc::channel(FRAMES_AHEAD);
+    let (frames, ready) = mpsc::channel(FRAMES_AHEAD);
     let reading = tokio::task::spawn_blocking(move || source.pass(base, &forced, &mut Channel(frames)));
-    let mut sent = Ok(());
-    while let Some(frame) = ready.recv().await {
-        sent = connection.send(FILES, frame).await;
-        if sent.is_err() {
-            break;
-        }
-    }
-    // Lets a reader that still has something see that nobody takes it.
-    drop(ready);
+    let sent = target.send_all(FILES, ready).await;
     let pass: Result<Pass, FilesError> = reading.await.map_err(fault(code::INTERNAL))?;
-    if let Err(error) = sent {
-        return Err(why_it_ended(connection, &error).await);
-    }
+    sent?;
     let pass = pass.map_err(|error| files(&error))?;
-    let report = answer(connection, &root.root).await?;
+    let report = target.answer(REPORT, &root.root).await?;
+    let report = PassReport::decode(&report).map_err(|error| files(&error))?;
     if report.pass != pass.id || report.totals != pass.totals {
         let message = format!("the target's count of {} differs from what was sent", root.root);
         return Err(Fault::new(code::INTERNAL, message));
     }
     Ok(pass)
-}
-
-async fn answer(connection: &mut BulkConnection, root: &str) -> Result<PassReport, Fault> {
-    let frame = tokio::time::timeout(ANSWER_WITHIN, connection.recv()).await.map_err(|_| no_answer(root))?;
-    match frame.map_err(|error| stream(&error))? {
-        Some(frame) if frame.kind == REPORT => {
-            PassReport::decode(&frame.payload).map_err(|error| files(&error))
-        }
-        Some(frame) if frame.kind == FAILED => Err(target_fault(&frame.payload)),
-        Some(frame) => {
-            Err(Fault::new(code::MALFORMED, format!("the target answered with a frame {}", frame.kind.0)))
-        }
-        None => Err(Fault::new(code::MALFORMED, "the target ended the connection")),
-    }
-}
-
-/// A target that gives up says why before it closes.
-async fn why_it_ended(connection: &mut BulkConnection, error: &StreamError) -> Fault {
-    match connection.expect(FAILED, Duration::from_secs(1)).await {
-        Ok(payload) => target_fault(&payload),
-        Err(_) => stream(error),
-    }
-}
-
-fn target_fault(payload: &[u8]) -> Fault {
-    serde_json::from_slice(payload)
-        .unwrap_or_else(|error| Fault::new(code::MALFORMED, "the target gave up, unreadably").because(&error))
 }
 
 struct Channel(mpsc::Sender<Bytes>);

@@ -116,6 +116,8 @@ impl DumpRequest {
             leave_running: Some(false),
             ext_unix_sk: Some(true),
             tcp_established: Some(self.tcp_established),
+            // Whoever connects while the tree stands still waits in the backlog, and tries again after the move.
+            tcp_skip_in_flight: Some(true),
             shell_job: Some(true),
             file_locks: Some(true),
             log_level: Some(self.log_level.into()),

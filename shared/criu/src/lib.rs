@@ -1,5 +1,5 @@
 //! CRIU, driven through its RPC and never through its command line: dump and hold a process tree, and join its
-//! images with memory that came another way.
+//! images with memory that came another way. Beside it, the silence ([`quiet`]) that outlives CRIU's own.
 //!
 //! ```text
 //!   source                                                target
@@ -17,11 +17,13 @@ pub mod dump;
 pub mod held;
 pub mod image;
 pub mod inventory;
+pub mod lazy;
 pub mod mask;
 pub mod merge;
 pub mod mm;
 pub mod pagemap;
 pub mod pstree;
+pub mod quiet;
 pub mod rpc;
 pub mod swrk;
 pub mod version;

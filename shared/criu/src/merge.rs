@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
-use crate::image::{ImageError, ImageKind, ImageWriter, io_at};
+use crate::image::{ImageError, ImageKind, ImageWriter, PAGE_SIZE, io_at};
 use crate::mm::{self, Mapping};
 use crate::pagemap::{Laziness, PageRun, PagemapReader, PagemapWriter, file_name};
 use crate::{inventory, pstree};
@@ -22,6 +22,16 @@ pub trait PageSource {
     fn next_run(&mut self) -> io::Result<Option<PageRun>>;
     /// Fills `buffer` with the content at `address`, within a run that `next_run` has given.
     fn read_at(&mut self, address: u64, buffer: &mut [u8]) -> io::Result<()>;
+}
+
+/// When a restored process gets the pages that CRIU did not dump.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fill {
+    /// All of them from the images, before it runs.
+    AtRestore,
+    /// Where its mapping allows, from a server of a lazy restore, while it runs. CRIU's own pages still come from the
+    /// images, since no server has them.
+    Later,
 }
 
 /// The images could not be joined. The assembled directory is then unfinished and must not be restored from; begin
@@ -55,6 +65,14 @@ pub enum MergeError {
         /// Where.
         address: u64,
     },
+    /// CRIU left a page to a server of its own, which there is not.
+    #[error("criu has not dumped the page at {address:#x} of process {pid}, but left it for a lazy restore")]
+    Undumped {
+        /// Whose page.
+        pid: u32,
+        /// Where.
+        address: u64,
+    },
     /// A stored page that no mapping of the images wants.
     #[error("the stored page at {address:#x} of process {pid} lies in no private mapping")]
     Unmapped {
@@ -75,6 +93,8 @@ pub struct Merged {
     pub dumped: u64,
     /// Pages from the source.
     pub stored: u64,
+    /// Those of them that were left to be served.
+    pub later: u64,
 }
 
 /// A directory of images in the making.
@@ -86,17 +106,19 @@ pub struct Assembly {
 }
 
 impl Assembly {
-    /// Begins the complete images in `out` from those in `received`, which are only read. Whatever `out` was before is
-    /// removed. The files are linked, not copied, where both are on one file system.
+    /// Begins the complete images in `out` from those in `received`, which are only read. Whatever files were in
+    /// `out` are removed. The files are linked, not copied, where both are on one file system.
     ///
     /// # Errors
     /// When the images are of an unknown version or incomplete, or the directory cannot be made.
     pub fn begin(received: &Path, out: &Path) -> Result<Self, MergeError> {
         inventory::check(received)?;
         let processes = pstree::read(received)?.into_iter().map(|process| process.pid).collect();
-        match fs::remove_dir_all(out) {
-            Err(error) if error.kind() != ErrorKind::NotFound => return Err(io_at(out)(error).into()),
-            _ => fs::create_dir_all(out).map_err(io_at(out))?,
+        // The directory itself stays: somebody may hold it open who waits for what will be in it.
+        fs::create_dir_all(out).map_err(io_at(out))?;
+        for entry in fs::read_dir(out).map_err(io_at(out))? {
+            let path = entry.map_err(io_at(out))?.path();
+            fs::remove_file(&path).map_err(io_at(&path))?;
         }
         for entry in fs::read_dir(received).map_err(io_at(received))? {
             let entry = entry.map_err(io_at(received))?;
@@ -121,7 +143,12 @@ impl Assembly {
     /// # Errors
     /// Every page must be wanted by a private mapping of the process and must come from one side only. On error the
     /// process has no usable pagemap.
-    pub fn add_pages(&self, pid: u32, source: &mut impl PageSource) -> Result<Merged, MergeError> {
+    pub fn add_pages(
+        &self,
+        pid: u32,
+        source: &mut impl PageSource,
+        fill: Fill,
+    ) -> Result<Merged, MergeError> {
         if !self.processes.contains(&pid) {
             return Err(MergeError::NoProcess(pid));
         }
@@ -136,6 +163,7 @@ impl Assembly {
         let image = ImageWriter::create(&map_out, ImageKind::Pagemap)?;
         let mut merge = Merge {
             pid,
+            fill,
             map: PagemapWriter::new(image, dumped.pages_id())?,
             dumped: open_pages(&pages_in)?,
             pages_in,
@@ -172,6 +200,7 @@ impl Assembly {
 
 struct Merge<W: Write> {
     pid: u32,
+    fill: Fill,
     map: PagemapWriter<W>,
     pages_in: PathBuf,
     dumped: Option<File>,
@@ -184,6 +213,9 @@ struct Merge<W: Write> {
 
 impl<W: Write> Merge<W> {
     fn copy_dumped(&mut self, run: PageRun, laziness: Laziness) -> Result<(), MergeError> {
+        if laziness == Laziness::Elsewhere {
+            return Err(MergeError::Undumped { pid: self.pid, address: run.start });
+        }
         let (pages_in, pages_out) = (&self.pages_in, &self.pages_out);
         let file = self.dumped.as_mut().ok_or(ErrorKind::NotFound.into()).map_err(io_at(pages_in))?;
         for (_, length) in pieces(run, self.piece.len()) {
@@ -192,19 +224,36 @@ impl<W: Write> Merge<W> {
             self.out.write_all(piece).map_err(io_at(pages_out))?;
         }
         self.done.dumped += run.pages;
+        // CRIU marks whatever could be lazy, also in images that hold it.
+        let laziness = if self.fill == Fill::Later { Laziness::Eager } else { laziness };
         Ok(self.map.append(run, laziness)?)
     }
 
-    fn copy_stored(&mut self, run: PageRun, source: &mut impl PageSource) -> Result<(), MergeError> {
+    fn copy_stored(&mut self, mut run: PageRun, source: &mut impl PageSource) -> Result<(), MergeError> {
         let pid = self.pid;
-        self.mappings.want(run).map_err(|address| MergeError::Unmapped { pid, address })?;
-        for (address, length) in pieces(run, self.piece.len()) {
-            let piece = self.piece.get_mut(..length).unwrap_or_default();
-            source.read_at(address, piece).map_err(|source| MergeError::Source { pid, source })?;
-            self.out.write_all(piece).map_err(io_at(&self.pages_out))?;
+        while run.pages > 0 {
+            let part =
+                self.mappings.next_part(run).map_err(|address| MergeError::Unmapped { pid, address })?;
+            let (here, lazy) = part;
+            let laziness = match self.fill {
+                Fill::Later if lazy => Laziness::Elsewhere,
+                Fill::Later => Laziness::Eager,
+                Fill::AtRestore => Laziness::Lazy,
+            };
+            if laziness == Laziness::Elsewhere {
+                self.done.later += here.pages;
+            } else {
+                for (address, length) in pieces(here, self.piece.len()) {
+                    let piece = self.piece.get_mut(..length).unwrap_or_default();
+                    source.read_at(address, piece).map_err(|source| MergeError::Source { pid, source })?;
+                    self.out.write_all(piece).map_err(io_at(&self.pages_out))?;
+                }
+            }
+            self.done.stored += here.pages;
+            self.map.append(here, laziness)?;
+            run = PageRun { start: here.end(), pages: run.pages - here.pages };
         }
-        self.done.stored += run.pages;
-        Ok(self.map.append(run, Laziness::Lazy)?)
+        Ok(())
     }
 
     fn finish(self) -> Result<Merged, MergeError> {
@@ -220,17 +269,19 @@ struct Mappings {
 }
 
 impl Mappings {
-    /// Whether private mappings cover all of `run`; if not, the first address that they do not.
-    fn want(&mut self, run: PageRun) -> Result<(), u64> {
-        let mut address = run.start;
-        while address < run.end() {
+    /// The first pages of `run` that lie in one private mapping, and whether that can be lazy; the address of the
+    /// first page if none covers it.
+    fn next_part(&mut self, run: PageRun) -> Result<(PageRun, bool), u64> {
+        loop {
             match self.all.get(self.at) {
-                Some(mapping) if mapping.end <= address => self.at += 1,
-                Some(mapping) if mapping.start <= address && mapping.is_private() => address = mapping.end,
-                _ => return Err(address),
+                Some(mapping) if mapping.end <= run.start => self.at += 1,
+                Some(mapping) if mapping.start <= run.start && mapping.is_private() => {
+                    let pages = run.pages.min((mapping.end - run.start).div_ceil(PAGE_SIZE));
+                    return Ok((PageRun { start: run.start, pages }, mapping.can_be_lazy()));
+                }
+                _ => return Err(run.start),
             }
         }
-        Ok(())
     }
 }
 

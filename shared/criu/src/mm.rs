@@ -13,6 +13,14 @@ struct MmEntry {
     mappings: Vec<Mapping>,
 }
 
+/// `MAP_PRIVATE`, `MAP_ANONYMOUS`, `MAP_LOCKED` and `MAP_HUGETLB` of `mmap(2)` on x86-64.
+const MAP_PRIVATE: u32 = 0x02;
+const MAP_ANONYMOUS: u32 = 0x20;
+const MAP_LOCKED: u32 = 0x2000;
+const MAP_HUGETLB: u32 = 0x4_0000;
+/// `VMA_AREA_VSYSCALL`, `VMA_AREA_VDSO` and `VMA_AREA_VVAR` of `criu/include/image.h`: the kernel's own.
+const KERNELS: u32 = 1 << 2 | 1 << 3 | 1 << 12;
+
 /// A mapping. Addresses are in bytes, `end` exclusive.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct Mapping {
@@ -22,6 +30,9 @@ pub struct Mapping {
     /// The byte after its last.
     #[prost(uint64, required, tag = "2")]
     pub end: u64,
+    /// `MAP_…` bits.
+    #[prost(uint32, required, tag = "6")]
+    pub flags: u32,
     /// CRIU's `VMA_…` bits.
     #[prost(uint32, required, tag = "7")]
     pub status: u32,
@@ -31,6 +42,12 @@ impl Mapping {
     /// Whether the images hold pages of it.
     pub fn is_private(&self) -> bool {
         self.status & PRIVATE != 0
+    }
+
+    /// Whether a lazy restore lets pages of it come later: `vma_entry_can_be_lazy` of `criu/include/vma.h`.
+    pub fn can_be_lazy(&self) -> bool {
+        let kind = self.flags & (MAP_PRIVATE | MAP_ANONYMOUS | MAP_LOCKED | MAP_HUGETLB);
+        kind == MAP_PRIVATE | MAP_ANONYMOUS && self.status & KERNELS == 0
     }
 }
 

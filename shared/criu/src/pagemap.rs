@@ -43,8 +43,10 @@ impl PageRun {
 pub enum Laziness {
     /// The restore needs the page at once.
     Eager,
-    /// It may come later.
+    /// It may come later; its bytes are in the pages image all the same.
     Lazy,
+    /// It comes later, from whoever serves the lazy restore; its bytes are not in the pages image.
+    Elsewhere,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -105,15 +107,18 @@ impl<R: Read> PagemapReader<R> {
         if flags & IN_PARENT != 0 || entry.in_parent == Some(true) {
             return Err(self.image.unknown("pages in a parent image"));
         }
-        if flags & !(LAZY | PRESENT) != 0 || flags & PRESENT == 0 {
-            return Err(self.image.unknown(format!("pages with flags {flags:#x}")));
-        }
+        let laziness = match flags {
+            PRESENT => Laziness::Eager,
+            LAZY => Laziness::Elsewhere,
+            both if both == LAZY | PRESENT => Laziness::Lazy,
+            _ => return Err(self.image.unknown(format!("pages with flags {flags:#x}"))),
+        };
         let pages = entry.pages.unwrap_or(entry.compat_pages.into());
         let run = PageRun::new(entry.vaddr, pages)
             .filter(|run| run.start >= self.end)
             .ok_or_else(|| self.image.damaged(format!("pages at {:#x} out of order", entry.vaddr)))?;
         self.end = run.end();
-        Ok(Some((run, if flags & LAZY != 0 { Laziness::Lazy } else { Laziness::Eager })))
+        Ok(Some((run, laziness)))
     }
 }
 
@@ -158,6 +163,8 @@ impl<W: Write> PagemapWriter<W> {
         let flags = match laziness {
             Laziness::Eager => PRESENT,
             Laziness::Lazy => PRESENT | LAZY,
+            // What CRIU itself writes for pages that a lazy dump has left behind.
+            Laziness::Elsewhere => LAZY,
         };
         let mut done = 0;
         while done < run.pages {
@@ -257,7 +264,7 @@ mod tests {
         let bad = [
             Entry { flags: Some(PRESENT | IN_PARENT), ..base.clone() },
             Entry { flags: Some(PRESENT | 8), ..base.clone() },
-            Entry { flags: Some(LAZY), ..base.clone() },
+            Entry { flags: Some(0), ..base.clone() },
             Entry { in_parent: Some(true), ..base.clone() },
             Entry { vaddr: 0x1001, ..base.clone() },
             Entry { compat_pages: 0, ..base.clone() },

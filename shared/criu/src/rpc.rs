@@ -104,6 +104,9 @@ pub struct Options {
     /// The longest time to seize the tree, in seconds.
     #[prost(uint32, optional, tag = "45")]
     pub timeout: Option<u32>,
+    /// Connections that a listening socket has not accepted yet are left out rather than refused.
+    #[prost(bool, optional, tag = "46")]
+    pub tcp_skip_in_flight: Option<bool>,
     /// See [`NetworkLock`].
     #[prost(enumeration = "NetworkLock", optional, tag = "64")]
     pub network_lock: Option<i32>,
@@ -124,6 +127,16 @@ pub struct Request {
     /// More requests will follow on this connection.
     #[prost(bool, optional, tag = "4")]
     pub keep_open: Option<bool>,
+}
+
+impl Request {
+    /// Reads a request that somebody else has made.
+    ///
+    /// # Errors
+    /// When it is none.
+    pub fn decode_bytes(bytes: &[u8]) -> Result<Self, prost::DecodeError> {
+        prost::Message::decode(bytes)
+    }
 }
 
 /// `criu_resp`.

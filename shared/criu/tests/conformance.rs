@@ -23,7 +23,7 @@ use container::{Container, Stored, poll};
 use haulage_criu::dump::{Dump, DumpError};
 use haulage_criu::held::{HeldDump, HoldError};
 use haulage_criu::mask::{DEFAULT_PARENT, PagemapMask};
-use haulage_criu::merge::{Assembly, Merged, PageSource};
+use haulage_criu::merge::{Assembly, Fill, Merged, PageSource};
 use haulage_criu::pagemap::PagemapReader;
 use haulage_criu::swrk::Criu;
 use haulage_criu::version::Version;
@@ -44,7 +44,7 @@ fn dump(container: &Container) -> (HeldDump, Stored) {
 fn assemble(container: &Container, mut stored: Stored) -> Merged {
     let assembly = Assembly::begin(&container.images(), &container.complete()).unwrap();
     assert_eq!(assembly.processes(), [1]);
-    assembly.add_pages(1, &mut stored).unwrap()
+    assembly.add_pages(1, &mut stored, Fill::AtRestore).unwrap()
 }
 
 #[test]

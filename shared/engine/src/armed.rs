@@ -12,24 +12,33 @@
 //! life is never started empty in its place; only [`ArmedRoot::disarm`] frees it.
 
 use std::fs;
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::Ipv4Addr;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// The version of this format; another one is refused, not guessed at.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 /// Where armed states lie unless [`ROOT_ENV`] says otherwise.
 pub const DEFAULT_ROOT: &str = "/run/haul/armed";
 /// The environment variable that moves the directory, for tests and for several engines on one machine.
 pub const ROOT_ENV: &str = "HAUL_ARMED_DIR";
 
+/// What a runtime that waits is sent when it shall restore. Anything else, and the end of the connection, calls it off.
+pub const GO: u8 = b'g';
+
 const ARMED: &str = "armed.json";
 const CONSUMED: &str = "consumed.json";
 const OUTCOME: &str = "outcome.json";
 const RESTORED: &str = "started-by-restore";
+const GO_SOCKET: &str = "go.socket";
+const GONE: &str = "go";
 
 /// What the runtime restores in place of a fresh start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,6 +51,15 @@ pub struct Armed {
     pub images: PathBuf,
     /// Where CRIU writes `restore.log` and its working files.
     pub work: PathBuf,
+    /// The network is made before the restore, and the images name it (`extRootNetNS`).
+    pub network_first: bool,
+    /// The runtime shall connect to [`ArmedRoot::go_socket`] when all is made but the container, and wait there until it
+    /// is sent [`GO`].
+    pub wait: bool,
+    /// Addresses to announce when the container is there, each with the Ethernet address of its interface.
+    pub addresses: Vec<(String, Ipv4Addr)>,
+    /// A page server waits in `work` for the restore, to give it the pages that the images only name.
+    pub lazy_pages: bool,
     /// Established TCP connections are restored too.
     pub tcp_established: bool,
     /// File locks are restored too.
@@ -51,13 +69,17 @@ pub struct Armed {
 }
 
 impl Armed {
-    /// A state of the current format with everything restored that can be.
+    /// A state of the current format with everything restored that can be, all of it from the images.
     pub fn new(migration: impl Into<String>, images: impl Into<PathBuf>, work: impl Into<PathBuf>) -> Self {
         Self {
             format: FORMAT,
             migration: migration.into(),
             images: images.into(),
             work: work.into(),
+            network_first: false,
+            wait: false,
+            addresses: Vec::new(),
+            lazy_pages: false,
             tcp_established: true,
             file_locks: true,
             ext_unix_sk: true,
@@ -78,6 +100,8 @@ pub struct Outcome {
     pub prepare_us: u64,
     /// The time inside `runc restore`, in microseconds.
     pub restore_us: u64,
+    /// From the word to go on until the container ran and was announced, in microseconds; zero until it was.
+    pub start_us: u64,
 }
 
 /// What stands about a container.
@@ -204,6 +228,51 @@ impl ArmedRoot {
         fs::rename(&armed, dir.join(CONSUMED)).map_err(at(&armed))
     }
 
+    /// Listens for the runtime of container `id`, which is armed to wait.
+    ///
+    /// # Errors
+    /// Of the file system. Nobody can connect then.
+    pub fn listen(&self, id: &str) -> Result<UnixListener> {
+        let path = self.dir(id)?.join(GO_SOCKET);
+        reachable(&path).and_then(|(path, _dir)| UnixListener::bind(path)).map_err(at(&path))
+    }
+
+    /// Waits, as the runtime of container `id`, until it is told to go on: false when it was called off.
+    ///
+    /// # Errors
+    /// When there is nobody to ask.
+    pub fn wait(&self, id: &str) -> Result<bool> {
+        let path = self.dir(id)?.join(GO_SOCKET);
+        let connected = reachable(&path).and_then(|(path, _dir)| UnixStream::connect(path));
+        let mut word = Vec::new();
+        let heard = connected.and_then(|stream| stream.take(1).read_to_end(&mut word));
+        match heard {
+            Ok(_) => Ok(word == [GO]),
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(false),
+            Err(error) => Err(at(&path)(error)),
+        }
+    }
+
+    /// Notes that the word was given, for [`ArmedRoot::since_go`].
+    ///
+    /// # Errors
+    /// Of the file system.
+    pub fn note_go(&self, id: &str) -> Result<()> {
+        let path = self.dir(id)?.join(GONE);
+        fs::write(&path, "").map_err(at(&path))
+    }
+
+    /// How long ago the word was given, if it was.
+    pub fn since_go(&self, id: &str) -> Result<Option<Duration>> {
+        let path = self.dir(id)?.join(GONE);
+        match fs::metadata(&path).and_then(|noted| noted.modified()) {
+            // A clock that was set back says nothing.
+            Ok(noted) => Ok(Some(noted.elapsed().unwrap_or_default())),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(at(&path)(error)),
+        }
+    }
+
     /// Records how the restore of `id` ended; a success also lets the next `start` pass once.
     pub fn record(&self, id: &str, outcome: &Outcome) -> Result<()> {
         let dir = self.dir(id)?;
@@ -212,6 +281,11 @@ impl ArmedRoot {
             fs::write(&marker, "").map_err(at(&marker))?;
         }
         write_whole(&dir.join(OUTCOME), outcome)
+    }
+
+    /// Records how long the start of `id` took, whose end is recorded already.
+    pub fn record_time(&self, id: &str, outcome: &Outcome) -> Result<()> {
+        write_whole(&self.dir(id)?.join(OUTCOME), outcome)
     }
 
     /// How the restore of `id` ended, if it has ended.
@@ -249,6 +323,13 @@ fn at(path: &Path) -> impl FnOnce(io::Error) -> ArmedError {
     move |source| ArmedError::Io { path, source }
 }
 
+/// A name of `path` that is short enough for a socket, and what it stands on.
+fn reachable(path: &Path) -> io::Result<(PathBuf, fs::File)> {
+    let (dir, name) = path.parent().zip(path.file_name()).ok_or(ErrorKind::InvalidInput)?;
+    let dir = fs::File::open(dir)?;
+    Ok((Path::new("/proc/self/fd").join(dir.as_raw_fd().to_string()).join(name), dir))
+}
+
 fn exists(path: &Path) -> Result<bool> {
     fs::exists(path).map_err(at(path))
 }
@@ -278,7 +359,7 @@ mod tests {
     const ID: &str = "0123456789abcdef";
 
     fn outcome(ok: bool) -> Outcome {
-        Outcome { ok, exit_code: Some(0), error: None, prepare_us: 1, restore_us: 2 }
+        Outcome { ok, exit_code: Some(0), error: None, prepare_us: 1, restore_us: 2, start_us: 3 }
     }
 
     fn root() -> (tempfile::TempDir, ArmedRoot) {
@@ -305,6 +386,22 @@ mod tests {
         root.disarm(ID).unwrap();
         root.disarm(ID).unwrap();
         assert_eq!(root.state(ID).unwrap(), State::Absent);
+    }
+
+    #[test]
+    fn a_runtime_waits_until_it_is_told() {
+        let (_dir, root) = root();
+        assert!(root.wait(ID).is_err(), "nobody listens");
+        for (word, expected) in [(&[GO][..], true), (&[][..], false), (&b"x"[..], false)] {
+            root.disarm(ID).unwrap();
+            root.arm(ID, &Armed { wait: true, ..Armed::new("m-1", "/images", "/work") }).unwrap();
+            let listener = root.listen(ID).unwrap();
+            std::thread::scope(|scope| {
+                let waits = scope.spawn(|| root.wait(ID).unwrap());
+                listener.accept().unwrap().0.write_all(word).unwrap();
+                assert_eq!(waits.join().unwrap(), expected);
+            });
+        }
     }
 
     #[test]

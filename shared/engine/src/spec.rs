@@ -229,11 +229,6 @@ impl ContainerSpec {
         kind.and_then(Value::as_str).unwrap_or_default()
     }
 
-    /// Memory limit in bytes; none when unlimited.
-    pub fn memory_limit(&self) -> Option<u64> {
-        self.host_config.get("Memory").and_then(Value::as_u64).filter(|bytes| *bytes > 0)
-    }
-
     /// Host ports that were asked for by number. Ports that the engine chooses are not among them, nor those of a
     /// container whose networks have no port mapping (macvlan and ipvlan: Docker accepts and ignores them).
     pub fn fixed_ports(&self) -> Vec<HostPort> {

@@ -24,7 +24,7 @@ fn a_description_is_captured() {
     let volumes: Vec<_> =
         spec.volumes().map(|(_, volume)| (volume.name.as_str(), volume.anonymous)).collect();
     assert_eq!(volumes, [("0123abcd", true), ("data", false)]);
-    assert_eq!(spec.memory_limit(), Some(268_435_456));
+    assert_eq!(spec.host_config["Memory"], 268_435_456);
     assert!(spec.engine_dir.unwrap().ends_with(samples::ID));
     assert_eq!(spec.layer.unwrap().upper.unwrap(), std::path::Path::new("/var/lib/docker/overlay2/u/diff"));
 }

@@ -85,11 +85,6 @@ pub struct Pass {
 }
 
 impl Base {
-    /// The bytes of all files, holes included.
-    pub fn file_bytes(&self) -> u64 {
-        self.snapshot.entries.values().map(|entry| file_size(entry).unwrap_or(0)).sum()
-    }
-
     /// How many entries there are.
     pub fn entries(&self) -> usize {
         self.snapshot.entries.len()

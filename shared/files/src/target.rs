@@ -126,11 +126,6 @@ impl Applier {
         Self { targets, pass: None }
     }
 
-    /// Whether a pass has begun and not ended.
-    pub fn is_receiving(&self) -> bool {
-        self.pass.is_some()
-    }
-
     /// Carries out the records of a frame. Returns a report when it ended a pass, which then is in its place,
     /// though not necessarily on disk ([`Targets::sync`]).
     ///

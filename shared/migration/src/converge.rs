@@ -1,102 +1,328 @@
 //! When to stop pre-copying: from the figures of the rounds so far.
+//!
+//! ```text
+//!  predicted downtime = fixed cost + what is left / measured rate
+//!
+//!  within the downtime asked for ──────────────────────────► freeze (fits)
+//!  no longer falls, with --auto-converge ──────────────────► slow the container down, again
+//!  no longer falls, and no deadline to wait for ───────────► freeze (stalled)
+//!  deadline passed, or rounds used up ──┬─ downtime given ─► refuse: cannot_converge
+//!                                       └─ not given ──────► freeze
+//! ```
+//! What is left is counted by the source after each round: pages held back, and pages written since they were sent.
+
+use std::fmt;
 
 use haulage_protocol::job::Options;
 use haulage_protocol::page_shipper::RoundReport;
-use haulage_protocol::unit::Micros;
+use haulage_protocol::policy::Policy;
+use haulage_protocol::unit::{Micros, Pages};
+use serde::{Deserialize, Serialize};
 
-/// A round that leaves more than this share of the one before has not got anywhere.
-const STALLED_PERCENT: u64 = 90;
+/// What a switch costs besides memory: freeze, dump, last file pass, restore. A small container on a machine of two
+/// cores; `haul show` tells what it was.
+pub const FIXED: Micros = Micros(100_000);
+/// What a link takes when nothing has been measured: 1 Gbit/s.
+pub const ASSUMED_RATE: Pages = Pages(29_000);
+/// Rounds that send fewer pages say little of the rate.
+const TELLING: u64 = 2048;
+/// Of so many rounds the rate is measured.
+const LATEST: usize = 3;
+/// What is left has got nowhere when it is more than this share of what it was.
+const STALLED_PERCENT: u64 = 95;
+/// The most rounds of a pre-copy without a deadline, should nothing else end it.
+const MOST_ROUNDS: usize = 100;
+/// The most rounds between the preparation of the target and the freeze.
+const MOST_SETTLING: usize = 12;
+/// Time to send what is not worth another round.
+const NEARLY_NOTHING: Micros = Micros(5_000);
+/// Preparing the target takes about as long, and what is written meanwhile has to be sent in any case.
+const PREPARING: Micros = Micros(250_000);
+/// A pre-copy that lasts longer than this tracks no more than a round a second, unless it is getting somewhere.
+const LONG: Micros = Micros(2_000_000);
+const SECOND: Micros = Micros(1_000_000);
+/// Or one in so many parts of its time, so that a long deadline does not make a long record.
+const PARTS: u64 = 64;
+
+/// What a container that is slowed down keeps of its processor time, in percent, step by step.
+const KEEPS: [u8; 4] = [50, 25, 10, 5];
+
+/// P.Haul's limits: iterations beside the first, pages, and percent.
+const PHAUL: (usize, u64, u64) = (8, 64, 10);
+
+/// Why pre-copy has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Why {
+    /// The predicted downtime is what was asked for.
+    Fits,
+    /// It is not, and more rounds would not help.
+    Stalled,
+    /// It is not, and the deadline has passed.
+    Deadline,
+    /// It is not, and the rounds are used up.
+    Rounds,
+    /// P.Haul's rule has ended it, which does not look at the downtime.
+    Phaul,
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Fits => "it fits",
+            Self::Stalled => "more rounds would not help",
+            Self::Deadline => "the deadline has passed",
+            Self::Rounds => "the rounds are used up",
+            Self::Phaul => "P.Haul's rule says so",
+        })
+    }
+}
+
+/// A step of slowing the container down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Slowdown {
+    /// After so many rounds.
+    pub after: usize,
+    /// What it keeps of its processor time, in percent.
+    pub keep: u8,
+}
 
 /// What to do after a round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Decision {
     /// Another round.
     Again,
-    /// Freeze: what remains is predicted to fit, or more rounds would not help.
-    Freeze,
+    /// The container keeps so many percent of its processor time, then another round.
+    SlowDown(u8),
+    /// On to the freeze.
+    Freeze(Why),
+    /// The downtime that was asked for cannot be kept: give up, with the container untouched.
+    Refuse(Why),
 }
 
-/// The time that sending one more round's worth of pages would take: as many pages were dirtied during the last
-/// round as it found, and they go at the rate that it had. The fixed cost of the freeze comes on top.
+/// What the rounds say of the freeze.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Forecast {
+    /// Pages that are left.
+    pub left: Pages,
+    /// What the way to the target takes in a second; `None` while no round has told, and then [`ASSUMED_RATE`] counts.
+    pub rate: Option<Pages>,
+    /// How long the container would stand still.
+    pub downtime: Micros,
+}
+
+/// How pre-copy ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Convergence {
+    /// Why.
+    pub why: Why,
+    /// What was predicted then.
+    pub forecast: Forecast,
+    /// The downtime that was aimed at.
+    pub wanted: Micros,
+}
+
+/// What the rounds say of the freeze.
+#[must_use]
+pub fn forecast(rounds: &[RoundReport]) -> Forecast {
+    let left = left(rounds);
+    let rate = rate(rounds);
+    let pages = u128::from(left.0).saturating_mul(1_000_000);
+    let transfer = pages / u128::from(rate.unwrap_or(ASSUMED_RATE).0.max(1));
+    Forecast { left, rate, downtime: FIXED + Micros(u64::try_from(transfer).unwrap_or(u64::MAX)) }
+}
+
+/// The predicted downtime.
 #[must_use]
 pub fn predicted(rounds: &[RoundReport]) -> Micros {
-    let Some(last) = rounds.last() else { return Micros(u64::MAX) };
-    // The first round finds everything dirty, which says nothing about the rate of writes.
-    if rounds.len() < 2 { last.took } else { Micros(last.took.0.max(last.scan.0)) }
+    forecast(rounds).downtime
 }
 
-/// Decides after at least one round. Stops when the prediction is within the budget, when two rounds in a row
-/// no longer shrink, or at the limit of rounds.
+/// Pages that may be left for the freeze.
 #[must_use]
-pub fn decide(rounds: &[RoundReport], options: &Options) -> Decision {
-    let count = u32::try_from(rounds.len()).unwrap_or(u32::MAX);
-    if count >= options.max_rounds.max(1) {
-        return Decision::Freeze;
+pub fn allowance(rounds: &[RoundReport], options: &Options) -> Pages {
+    let time = options.downtime().since(FIXED);
+    let pages = u128::from(rate(rounds).unwrap_or(ASSUMED_RATE).0) * u128::from(time.0) / 1_000_000;
+    Pages(u64::try_from(pages).unwrap_or(u64::MAX))
+}
+
+/// How long to wait before the next round: what it is good for is that pages are written, each of which costs the
+/// container a fault, so a long pre-copy that gets nowhere takes its time.
+#[must_use]
+pub fn pause(rounds: &[RoundReport], elapsed: Micros) -> Micros {
+    let Some((last, before)) = rounds.split_last() else { return Micros(0) };
+    let least = before.iter().rev().take(MOST_SETTLING).map(of).min();
+    match least {
+        Some(least) if elapsed > LONG && nowhere(least, of(last)) => {
+            SECOND.max(Micros(elapsed.0 / PARTS)).since(last.took)
+        }
+        _ => Micros(0),
     }
-    let [.., before, last] = rounds else { return Decision::Again };
-    if last.dirty.0 == 0 || predicted(rounds) <= Micros(options.max_downtime_ms.saturating_mul(1000)) {
-        return Decision::Freeze;
+}
+
+/// What a round left; what was written during it is as much as it found when nobody has counted.
+fn of(round: &RoundReport) -> Pages {
+    round.left.unwrap_or(round.withheld + round.dirty)
+}
+
+fn left(rounds: &[RoundReport]) -> Pages {
+    rounds.last().map_or(Pages(u64::MAX), of)
+}
+
+fn nowhere(before: Pages, after: Pages) -> bool {
+    u128::from(after.0) * 100 >= u128::from(before.0) * u128::from(STALLED_PERCENT)
+}
+
+fn rate(rounds: &[RoundReport]) -> Option<Pages> {
+    let data = |round: &RoundReport| round.sent.0.saturating_sub(round.zero.0);
+    let telling: Vec<_> = rounds.iter().rev().filter(|round| data(round) >= TELLING).take(LATEST).collect();
+    if !telling.is_empty() {
+        let pages: u64 = telling.iter().fold(0, |sum, round| sum.saturating_add(data(round)));
+        let took: Micros = telling.iter().map(|round| round.took).sum();
+        return Some(per_second(pages, took));
     }
-    let stalled = |before: &RoundReport, after: &RoundReport| {
-        after.dirty.0.saturating_mul(100) >= before.dirty.0.saturating_mul(STALLED_PERCENT)
+    // Overhead makes a small round look slower than the way is: the best of them is nearest.
+    rounds.iter().filter(|round| data(round) > 0).map(|round| per_second(data(round), round.took)).max()
+}
+
+fn per_second(pages: u64, took: Micros) -> Pages {
+    let rate = u128::from(pages) * 1_000_000 / u128::from(took.0.max(1));
+    Pages(u64::try_from(rate).unwrap_or(u64::MAX).max(1))
+}
+
+/// Decides after the rounds of the pre-copy, which have taken `elapsed`, with the container slowed down by `slowdowns`.
+#[must_use]
+pub fn decide(
+    rounds: &[RoundReport],
+    slowdowns: &[Slowdown],
+    options: &Options,
+    elapsed: Micros,
+) -> Decision {
+    if options.policy == Policy::Phaul {
+        return if phaul_goes_on(rounds) { Decision::Again } else { Decision::Freeze(Why::Phaul) };
+    }
+    // What is left when it is prepared is sent afterwards.
+    let early = options.policy == Policy::Adaptive && is_possible(options);
+    let slack = if early { PREPARING } else { Micros(0) };
+    match rounds {
+        [] => Decision::Again,
+        [first] if first.dirty.0 > 0 && first.left.is_none() => out_of_bounds(rounds, options, elapsed),
+        _ if predicted(rounds) <= options.downtime() + slack => Decision::Freeze(Why::Fits),
+        _ => match out_of_bounds(rounds, options, elapsed) {
+            Decision::Again if is_stalled(since(rounds, slowdowns), options) => {
+                stalled(slowdowns, options, elapsed)
+            }
+            decision => decision,
+        },
+    }
+}
+
+/// Decides after the rounds that followed the preparation of the target, `settling` of all the `rounds`.
+#[must_use]
+pub fn settle(
+    rounds: &[RoundReport],
+    settling: usize,
+    slowdowns: &[Slowdown],
+    options: &Options,
+    elapsed: Micros,
+) -> Decision {
+    let slowed = since(rounds, slowdowns).len();
+    let settled = rounds.get(rounds.len().saturating_sub(settling.min(slowed))..).unwrap_or_default();
+    if settled.is_empty() {
+        return Decision::Again;
+    }
+    if options.policy == Policy::Phaul {
+        return Decision::Freeze(Why::Phaul);
+    }
+    if predicted(rounds) <= options.downtime() {
+        let more = settled.len() < MOST_SETTLING && settled.last().is_some_and(|last| pays(last, rounds));
+        return if more { Decision::Again } else { Decision::Freeze(Why::Fits) };
+    }
+    match out_of_bounds(rounds, options, elapsed) {
+        Decision::Again if settled.len() >= MOST_SETTLING || is_stalled(settled, options) => {
+            stalled(slowdowns, options, elapsed)
+        }
+        decision => decision,
+    }
+}
+
+/// More rounds do not help: slower, if that is wanted and there is a step left, or no further.
+fn stalled(slowdowns: &[Slowdown], options: &Options, elapsed: Micros) -> Decision {
+    let slower = KEEPS.get(slowdowns.len()).filter(|_| options.auto_converge && is_possible(options));
+    slower.map_or_else(|| give_up(options, elapsed, Why::Stalled), |keep| Decision::SlowDown(*keep))
+}
+
+/// Whether one more round is worth its bytes although it fits already: the last one has left less than half of what
+/// it found, and more than nearly nothing.
+fn pays(last: &RoundReport, rounds: &[RoundReport]) -> bool {
+    let found = last.sent + last.withheld;
+    of(last).0.saturating_mul(2) < found.0 && predicted(rounds) > FIXED + NEARLY_NOTHING
+}
+
+fn out_of_bounds(rounds: &[RoundReport], options: &Options, elapsed: Micros) -> Decision {
+    if is_late(options, elapsed) {
+        return give_up(options, elapsed, Why::Deadline);
+    }
+    let most = match (options.max_rounds, options.deadline_ms) {
+        (Some(most), _) => usize::try_from(most.max(1)).unwrap_or(usize::MAX),
+        (None, Some(_)) => usize::MAX,
+        (None, None) => MOST_ROUNDS,
+    };
+    if rounds.len() >= most { give_up(options, elapsed, Why::Rounds) } else { Decision::Again }
+}
+
+/// What is not within the downtime asked for. Where there is time until a deadline, and a downtime was asked for, it is
+/// used: the container may write less by then.
+fn give_up(options: &Options, elapsed: Micros, why: Why) -> Decision {
+    let strict = options.deadline_ms.is_some() && options.max_downtime_ms.is_some();
+    match why {
+        _ if !strict => Decision::Freeze(why),
+        Why::Stalled if !is_late(options, elapsed) && is_possible(options) => Decision::Again,
+        _ => Decision::Refuse(why),
+    }
+}
+
+/// Whether any container could keep that downtime: one that writes nothing could.
+fn is_possible(options: &Options) -> bool {
+    options.downtime() >= FIXED
+}
+
+fn is_late(options: &Options, elapsed: Micros) -> bool {
+    options.deadline_ms.is_some_and(|deadline| elapsed >= Micros(deadline.saturating_mul(1000)))
+}
+
+/// The rounds since the container was last slowed down: those before say nothing of what more of them can do.
+fn since<'a>(rounds: &'a [RoundReport], slowdowns: &[Slowdown]) -> &'a [RoundReport] {
+    rounds.get(slowdowns.last().map_or(0, |slowdown| slowdown.after)..).unwrap_or_default()
+}
+
+/// Whether the latest rounds have left no less than those before them. The rounds of `adaptive` are short, and so it
+/// takes more of them to tell.
+fn is_stalled(rounds: &[RoundReport], options: &Options) -> bool {
+    let patience = if options.policy == Policy::Adaptive { 4 } else { 2 };
+    let Some((before, latest)) = rounds.split_at_checked(rounds.len().saturating_sub(patience)) else {
+        return false;
+    };
+    let least = |rounds: &[RoundReport]| rounds.iter().map(of).min();
+    matches!((least(before), least(latest)), (Some(before), Some(latest)) if nowhere(before, latest))
+}
+
+/// As P.Haul decides after each iteration: not below so many pages, not when it grows by more than so much, and not
+/// for more than so many. It counts in whole percent, so that a growth of 10.9 counts as 10, and its limit of
+/// iterations leaves out the first.
+fn phaul_goes_on(rounds: &[RoundReport]) -> bool {
+    let (most, small, growth) = PHAUL;
+    let grows = |before: u64, after: u64| {
+        u128::from(after) * 100 >= u128::from(before) * u128::from(100 + growth + 1)
     };
     match rounds {
-        [.., earlier, _, _] if stalled(earlier, before) && stalled(before, last) => Decision::Freeze,
-        _ => Decision::Again,
+        [] => true,
+        [.., last] if last.dirty.0 <= small => false,
+        [.., before, last] if grows(before.dirty.0, last.dirty.0) => false,
+        _ => rounds.len() <= most,
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use haulage_protocol::id::Round;
-    use haulage_protocol::unit::{Bytes, Pages};
-    use proptest::prelude::*;
-
-    fn round(n: u32, dirty: u64, took_ms: u64) -> RoundReport {
-        RoundReport {
-            round: Round(n),
-            dirty: Pages(dirty),
-            sent: Pages(dirty),
-            zero: Pages(0),
-            withheld: Pages(0),
-            wire: Bytes(dirty * 4096),
-            scan: Micros(10),
-            took: Micros(took_ms * 1000),
-        }
-    }
-
-    #[test]
-    fn freezes_when_what_is_left_fits() {
-        let rounds = [round(0, 65536, 900), round(1, 2000, 40)];
-        assert_eq!(decide(&rounds, &Options::default()), Decision::Freeze);
-    }
-
-    #[test]
-    fn the_first_round_is_never_the_last() {
-        assert_eq!(decide(&[round(0, 10, 1)], &Options::default()), Decision::Again);
-    }
-
-    #[test]
-    fn goes_on_while_it_shrinks_and_stops_when_it_does_not() {
-        let mut rounds = vec![round(0, 100_000, 4000), round(1, 50_000, 2000)];
-        assert_eq!(decide(&rounds, &Options::default()), Decision::Again);
-        rounds.extend([round(2, 49_000, 1990), round(3, 48_500, 1980)]);
-        assert_eq!(decide(&rounds, &Options::default()), Decision::Freeze);
-    }
-
-    proptest! {
-        #[test]
-        fn pre_copy_always_ends(dirty in proptest::collection::vec((0u64..1 << 30, 0u64..100_000), 1..64), max in 0u32..20) {
-            let options = Options { max_rounds: max, ..Options::default() };
-            let mut rounds = Vec::new();
-            for (n, (pages, ms)) in dirty.into_iter().enumerate() {
-                rounds.push(round(u32::try_from(n).unwrap(), pages, ms));
-                if decide(&rounds, &options) == Decision::Freeze {
-                    break;
-                }
-                prop_assert!(rounds.len() < max as usize);
-            }
-        }
-    }
-}
+#[path = "converge_tests.rs"]
+mod tests;

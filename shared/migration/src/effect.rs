@@ -5,7 +5,7 @@ use std::fmt;
 use haulage_protocol::checkpointer::{Dumped, Frozen, Inspected, Located, RolledBack};
 use haulage_protocol::id::{HostId, Round};
 use haulage_protocol::page_shipper::{FinalReport, PagesOpened, RoundReport, TrackingStarted};
-use haulage_protocol::restorer::{Checked, Created, Restored, Verified};
+use haulage_protocol::restorer::{Checked, Created, Prepared, Restored, Verified};
 use haulage_protocol::syncer::{FilesOpened, FilesSynced, ImagePulled, ImagePushed};
 use serde::{Deserialize, Serialize};
 
@@ -38,6 +38,10 @@ pub enum Effect {
     StartTracking,
     /// Source: one round.
     RunRound(Round),
+    /// Source: the container keeps so many percent of its processor time.
+    Throttle(u8),
+    /// Target: everything of a start that needs no state.
+    Prepare,
     /// Source: freeze.
     Freeze,
     /// Source: dump and hold.
@@ -66,6 +70,8 @@ pub enum Effect {
     UndoTarget,
     /// Source: go on.
     RollBackSource,
+    /// Source: the container has its processor time back.
+    Unthrottle,
     /// Source: trackers and connections.
     CloseSourcePages,
     /// Target: page store and session.
@@ -99,11 +105,12 @@ impl Effect {
     pub const fn undo(self) -> Option<Self> {
         match self {
             Self::AcquireLease => Some(Self::ReleaseLease),
-            Self::Create | Self::Restore => Some(Self::UndoTarget),
+            Self::Create | Self::Prepare | Self::Restore => Some(Self::UndoTarget),
             Self::OpenPages => Some(Self::CloseTargetPages),
             Self::OpenFiles => Some(Self::CloseTargetFiles),
             Self::SyncFiles | Self::SyncFrozen | Self::ShipImages => Some(Self::CloseSourceFiles),
             Self::StartTracking | Self::RunRound(_) | Self::FinalRound => Some(Self::CloseSourcePages),
+            Self::Throttle(_) => Some(Self::Unthrottle),
             Self::Freeze | Self::Dump => Some(Self::RollBackSource),
             // An image in the bucket or on the target is content by digest: it harms nobody and serves again.
             Self::PushImage | Self::PullImage => None,
@@ -119,6 +126,7 @@ impl Effect {
             | Self::Adopt
             | Self::UndoTarget
             | Self::RollBackSource
+            | Self::Unthrottle
             | Self::CloseSourcePages
             | Self::CloseTargetPages
             | Self::CloseSourceFiles
@@ -157,6 +165,9 @@ impl fmt::Display for Effect {
             Self::SyncFiles => "sync files",
             Self::StartTracking => "start tracking",
             Self::RunRound(round) => return f.pad(&format!("round {round}")),
+            Self::Throttle(keep) => return f.pad(&format!("throttle to {keep} %")),
+            Self::Unthrottle => "end of throttling",
+            Self::Prepare => "prepare target",
             Self::Freeze => "freeze",
             Self::Dump => "dump",
             Self::FinalRound => "final round",
@@ -206,6 +217,8 @@ pub enum Success {
     Tracking(TrackingStarted),
     /// Of [`Effect::RunRound`].
     Round(RoundReport),
+    /// Of [`Effect::Prepare`].
+    Prepared(Prepared),
     /// Of [`Effect::Freeze`].
     Frozen(Frozen),
     /// Of [`Effect::Dump`].

@@ -7,10 +7,14 @@ mod converge;
 mod effect;
 mod machine;
 mod phase;
+pub mod plan;
 mod record;
 pub mod timing;
 
-pub use converge::{Decision, decide, predicted};
+pub use converge::{
+    ASSUMED_RATE, Convergence, Decision, FIXED, Forecast, Slowdown, Why, allowance, decide, forecast, pause,
+    predicted, settle,
+};
 pub use effect::{Effect, Persistence, Success};
 pub use machine::{Event, IllegalEvent, Transition};
 pub use phase::Phase;

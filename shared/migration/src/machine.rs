@@ -19,7 +19,7 @@ use haulage_protocol::secret::Token;
 use haulage_protocol::unit::Micros;
 use haulage_protocol::version::Version;
 
-use crate::converge::{Decision, decide};
+use crate::converge::{Convergence, Decision, Slowdown, Why, decide, forecast, settle};
 use crate::effect::{Effect, Success};
 use crate::phase::Phase;
 use crate::record::{Facts, Leftover, Migration, Outcome, Span};
@@ -35,6 +35,8 @@ pub enum Event {
     Cancelled,
     /// An operator vouches that the container does not run on the target and will not: undo without its word.
     TargetIsDead,
+    /// Time has passed: see [`Migration::frozen_until`]. Harmless at any moment.
+    TimePassed,
     /// Another coordinator takes over: every pending effect is to be performed again under its number.
     TakenOver(CoordinatorId),
 }
@@ -125,6 +127,10 @@ impl Migration {
                 }
                 next.give_up_target(now)
             }
+            Event::TimePassed => match next.frozen_until() {
+                Some(until) if now >= until => next.give_up_frozen(now),
+                _ => Vec::new(),
+            },
             Event::TakenOver(owner) => {
                 next.epoch = Epoch(next.epoch.0.saturating_add(1));
                 next.owner = owner;
@@ -147,6 +153,18 @@ impl Migration {
         if self.phase >= Phase::Restore {
             self.pending.clear();
         }
+        self.advance(now)
+    }
+
+    /// What is under way is not waited for, since it may be what takes so long. It works for a target that will not be
+    /// asked to restore, and the checkpointer does one thing after the other: its undo comes after what it undoes.
+    fn give_up_frozen(&mut self, now: Micros) -> Vec<(Step, Effect)> {
+        let limit = Micros(self.job.options.max_frozen_ms.saturating_mul(1000));
+        let message =
+            format!("the container stood still for {limit} and the target could not be asked to restore it");
+        let remedy = "see `haul show` for what took so long; --max-frozen allows more";
+        self.fault.get_or_insert(Fault::new(code::FROZEN_TOO_LONG, message).remedy(remedy));
+        self.pending.clear();
         self.advance(now)
     }
 
@@ -174,7 +192,8 @@ impl Migration {
                 facts.source = Some(host);
                 // By its id from here on: a name can pass to another container.
                 if let Some(id) = located.container {
-                    self.job.container = id.to_string();
+                    let asked = std::mem::replace(&mut self.job.container, id.to_string());
+                    facts.name = Some(located.name.unwrap_or(asked));
                 }
             }
             (Effect::Inspect, Success::Inspected(inspected)) => facts.inspected = Some(*inspected),
@@ -189,11 +208,16 @@ impl Migration {
             }
             (Effect::StartTracking, Success::Tracking(tracking)) => facts.tracking = Some(tracking),
             (Effect::RunRound(_), Success::Round(report)) => facts.rounds.push(report),
+            (Effect::Throttle(keep), Success::Unit) => {
+                facts.slowdowns.push(Slowdown { after: facts.rounds.len(), keep });
+            }
+            (Effect::Unthrottle, Success::Unit) => facts.unthrottled = true,
+            (Effect::Prepare, Success::Prepared(prepared)) => facts.prepared = Some(prepared),
             (Effect::Freeze, Success::Frozen(frozen)) => facts.frozen = Some(frozen),
             (Effect::Dump, Success::Dumped(dumped)) => facts.dumped = Some(dumped),
             (Effect::FinalRound, Success::Final(report)) => facts.last_round = Some(report),
             (Effect::Restore, Success::Restored(restored)) => facts.restored = Some(restored),
-            (Effect::Verify, Success::Verified(_)) => {}
+            (Effect::Verify, Success::Verified(verified)) => facts.filled = Some(verified.filled),
             (Effect::RollBackSource, Success::RolledBack(rolled_back)) => {
                 facts.thawed_at = rolled_back.thawed_at
             }
@@ -217,13 +241,21 @@ impl Migration {
         Ok(())
     }
 
-    /// Moves on while nothing is pending; parallel effects are always waited for, also when one has failed, so
-    /// that undo never races with what it undoes.
+    /// Moves on while nothing is pending; parallel effects are waited for, also when one has failed, so that undo does
+    /// not race with what it undoes.
     fn advance(&mut self, now: Micros) -> Vec<(Step, Effect)> {
         while self.pending.is_empty() && self.phase != Phase::Done {
-            let effects = match self.following() {
+            let effects = match self.following(now) {
                 Following::Stay(effect) => vec![self.ask(effect, now)],
                 Following::Enter(phase) => self.enter(phase, now),
+                Following::Converged(why, phase) => {
+                    self.facts.convergence = Some(self.convergence(why));
+                    self.enter(phase, now)
+                }
+                Following::Refuse(why) => {
+                    self.refuse(why);
+                    Vec::new()
+                }
             };
             if !effects.is_empty() {
                 return effects;
@@ -232,7 +264,7 @@ impl Migration {
         Vec::new()
     }
 
-    fn following(&self) -> Following {
+    fn following(&self, now: Micros) -> Following {
         use Following::{Enter, Stay};
         if self.phase.is_revocable() && self.fault.is_some() {
             return Enter(Phase::Fence);
@@ -251,11 +283,21 @@ impl Migration {
             Phase::Open => Enter(Phase::Files),
             Phase::Files => Enter(Phase::Track),
             Phase::Track => Enter(Phase::PreCopy),
-            Phase::PreCopy if !self.is_tracked() => Enter(Phase::Freeze),
-            Phase::PreCopy => match decide(&self.facts.rounds, &self.job.options) {
-                Decision::Again => Stay(Effect::RunRound(self.next_round())),
-                Decision::Freeze => Enter(Phase::Freeze),
-            },
+            Phase::PreCopy if !self.is_tracked() => Enter(Phase::Prepare),
+            Phase::PreCopy => {
+                let Facts { rounds, slowdowns, .. } = &self.facts;
+                let decision = decide(rounds, slowdowns, &self.job.options, self.pre_copied(now));
+                self.decided(decision, Phase::Prepare)
+            }
+            Phase::Prepare => Enter(Phase::Settle),
+            Phase::Settle if !self.is_tracked() => Enter(Phase::Freeze),
+            Phase::Settle => {
+                let Facts { rounds, slowdowns, .. } = &self.facts;
+                let (options, elapsed) = (&self.job.options, self.pre_copied(now));
+                self.decided(settle(rounds, self.settled(), slowdowns, options, elapsed), Phase::Freeze)
+            }
+            // What is dumped has the limits that it came with.
+            Phase::Freeze if self.is_throttled() => Stay(Effect::Unthrottle),
             Phase::Freeze => Enter(Phase::Switch),
             Phase::Switch => Enter(Phase::Ship),
             Phase::Ship => Enter(Phase::Restore),
@@ -267,6 +309,29 @@ impl Migration {
             Phase::Clean => Enter(Phase::Release),
             Phase::Release | Phase::Done => Enter(Phase::Done),
         }
+    }
+
+    fn decided(&self, decision: Decision, on: Phase) -> Following {
+        match decision {
+            Decision::Again => Following::Stay(Effect::RunRound(self.next_round())),
+            Decision::SlowDown(keep) => Following::Stay(Effect::Throttle(keep)),
+            Decision::Freeze(why) => Following::Converged(why, on),
+            Decision::Refuse(why) => Following::Refuse(why),
+        }
+    }
+
+    fn convergence(&self, why: Why) -> Convergence {
+        Convergence { why, forecast: forecast(&self.facts.rounds), wanted: self.job.options.downtime() }
+    }
+
+    /// The container has not been touched: what is undone is the target's.
+    fn refuse(&mut self, why: Why) {
+        let convergence = self.convergence(why);
+        let (predicted, wanted) = (convergence.forecast.downtime, convergence.wanted);
+        self.facts.convergence = Some(convergence);
+        let message = format!("the container would stand still for {predicted}, not for {wanted}, and {why}");
+        let remedy = "allow more with --max-downtime or --deadline, or slow it down with --auto-converge";
+        self.fault.get_or_insert(Fault::new(code::CANNOT_CONVERGE, message).remedy(remedy));
     }
 
     fn enter(&mut self, phase: Phase, now: Micros) -> Vec<(Step, Effect)> {
@@ -305,8 +370,9 @@ impl Migration {
             Phase::Open => vec![Effect::OpenPages, Effect::OpenFiles],
             Phase::Files => vec![Effect::SyncFiles],
             Phase::Track => vec![Effect::StartTracking],
-            Phase::PreCopy if self.is_tracked() => vec![Effect::RunRound(self.next_round())],
-            Phase::PreCopy => Vec::new(),
+            Phase::PreCopy | Phase::Settle if self.is_tracked() => vec![Effect::RunRound(self.next_round())],
+            Phase::PreCopy | Phase::Settle => Vec::new(),
+            Phase::Prepare => vec![Effect::Prepare],
             Phase::Freeze => vec![Effect::Freeze],
             Phase::Switch => vec![Effect::Dump, Effect::FinalRound, Effect::SyncFrozen],
             // Whatever could forbid the move is asked before the target runs: once it does, it answers clients, and
@@ -340,11 +406,17 @@ impl Migration {
         ];
         let undo_target = (self.outcome != Some(Outcome::Committed)).then_some(Effect::UndoTarget);
         let wanted = undo_target.into_iter().chain(closing);
-        wanted.filter(|effect| self.must_undo(*effect) && !self.attempted.contains(effect)).collect()
+        let wanted = wanted.filter(|effect| self.must_undo(*effect) && !self.attempted.contains(effect));
+        // Asked before and failed, it is asked again.
+        wanted.chain(self.is_throttled().then_some(Effect::Unthrottle)).collect()
     }
 
     fn must_undo(&self, undo: Effect) -> bool {
         self.attempted.iter().any(|effect| effect.undo() == Some(undo))
+    }
+
+    fn is_throttled(&self) -> bool {
+        self.must_undo(Effect::Unthrottle) && !self.facts.unthrottled
     }
 
     fn image_is_missing(&self) -> bool {
@@ -363,4 +435,8 @@ impl Migration {
 enum Following {
     Stay(Effect),
     Enter(Phase),
+    /// As `Enter`, at the end of pre-copy.
+    Converged(Why, Phase),
+    /// The downtime cannot be kept.
+    Refuse(Why),
 }

@@ -8,9 +8,9 @@ use serde::{Deserialize, Serialize};
 ///
 /// ```text
 /// Locate -> Inspect -> Check -> Reserve -> Image -> Create -> Open -> Files -> Track -> PreCopy
-///   -> Freeze -> Switch -> Ship -> Restore -> Verify -> Commit -> Retire -> Clean -> Release -> Done
+///   -> Prepare -> Settle -> Freeze -> Switch -> Ship -> Restore -> Verify -> Commit -> Retire -> Clean -> Release -> Done
 ///
-/// any of Locate..Verify, on a fault, any of Locate..Ship, on a cancellation:
+/// any of Locate..Verify, on a fault, any of Locate..Ship, on a cancellation, any of Freeze..Ship, after too long:
 ///   [-> Fence, if a restore was asked for] [-> Resume, if a freeze was] -> Clean -> Release -> Done
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -36,6 +36,10 @@ pub enum Phase {
     Track,
     /// Rounds of memory, while the container runs.
     PreCopy,
+    /// Start the container on the target as far as it can be without its state; it goes on here.
+    Prepare,
+    /// More rounds, of what was written meanwhile.
+    Settle,
     /// Freeze it. The downtime begins here.
     Freeze,
     /// With the container frozen, in parallel: the last round, the dump, the last file pass.
@@ -77,6 +81,8 @@ impl Phase {
             Self::Files => "files",
             Self::Track => "track",
             Self::PreCopy => "pre_copy",
+            Self::Prepare => "prepare",
+            Self::Settle => "settle",
             Self::Freeze => "freeze",
             Self::Switch => "switch",
             Self::Ship => "ship",

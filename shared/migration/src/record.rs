@@ -7,13 +7,14 @@ use haulage_protocol::fault::Fault;
 use haulage_protocol::id::{CoordinatorId, Epoch, HostId, Step};
 use haulage_protocol::job::Job;
 use haulage_protocol::page_shipper::{FinalReport, PagesOpened, RoundReport, TrackingStarted};
-use haulage_protocol::restorer::{Checked, Created, Restored};
+use haulage_protocol::restorer::{Checked, Created, Filled, Prepared, Restored};
 use haulage_protocol::secret::Token;
 use haulage_protocol::syncer::{FilesOpened, FilesSynced, ImagePulled, ImagePushed};
 use haulage_protocol::unit::Micros;
 use haulage_protocol::version::Version;
 use serde::{Deserialize, Serialize};
 
+use crate::converge::{Convergence, Slowdown};
 use crate::effect::Effect;
 use crate::phase::Phase;
 
@@ -63,6 +64,9 @@ pub struct Leftover {
 pub struct Facts {
     /// Where the container runs.
     pub source: Option<HostId>,
+    /// What it was called when it was found; an operator may have named it by its id.
+    #[serde(default)]
+    pub name: Option<String>,
     /// What it is.
     pub inspected: Option<Inspected>,
     /// What the target said.
@@ -81,8 +85,20 @@ pub struct Facts {
     pub tracking: Option<TrackingStarted>,
     /// The rounds.
     pub rounds: Vec<RoundReport>,
+    /// When the container was slowed down, and how much.
+    #[serde(default)]
+    pub slowdowns: Vec<Slowdown>,
+    /// It has its processor time back.
+    #[serde(default)]
+    pub unthrottled: bool,
+    /// How pre-copy ended.
+    #[serde(default)]
+    pub convergence: Option<Convergence>,
     /// The file passes: live, frozen, and the dump.
     pub passes: Vec<FilesSynced>,
+    /// What the target has made ready.
+    #[serde(default)]
+    pub prepared: Option<Prepared>,
     /// The freeze.
     pub frozen: Option<Frozen>,
     /// The dump.
@@ -91,6 +107,9 @@ pub struct Facts {
     pub last_round: Option<FinalReport>,
     /// The restore.
     pub restored: Option<Restored>,
+    /// How the container got its memory after it ran on the target.
+    #[serde(default)]
+    pub filled: Option<Filled>,
     /// When the source was thawed again, on its own clock.
     pub thawed_at: Option<Micros>,
 }
@@ -151,6 +170,43 @@ impl Migration {
     #[must_use]
     pub fn is_over(&self) -> bool {
         self.phase == Phase::Done
+    }
+
+    /// The container's name, as far as it is known; before it is found, whatever the operator called it.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        let inspected = self.facts.inspected.as_ref().map(|inspected| &inspected.name);
+        inspected.or(self.facts.name.as_ref()).unwrap_or(&self.job.container)
+    }
+
+    /// When the container will have stood still for too long, on the coordinator's clock: only while it does, and may
+    /// still go on without anybody's word but the source's.
+    #[must_use]
+    pub fn frozen_until(&self) -> Option<Micros> {
+        let limit = Micros(self.job.options.max_frozen_ms.saturating_mul(1000));
+        let stands_still = (Phase::Freeze..=Phase::Ship).contains(&self.phase);
+        let frozen = self.spans.iter().find(|span| span.effect == Effect::Freeze)?;
+        (stands_still && limit > Micros(0)).then_some(frozen.from + limit)
+    }
+
+    /// How long pre-copy lasts by `now`, the preparation of the target included; zero before it.
+    #[must_use]
+    pub fn pre_copied(&self, now: Micros) -> Micros {
+        let began = self.phases.iter().find(|(phase, _)| *phase == Phase::PreCopy);
+        began.map_or(Micros(0), |(_, at)| now.since(*at))
+    }
+
+    /// Rounds that have ended since the target was prepared.
+    #[must_use]
+    pub fn settled(&self) -> usize {
+        let spans = self.spans.iter().skip_while(|span| span.effect != Effect::Prepare);
+        spans.filter(|span| matches!(span.effect, Effect::RunRound(_)) && span.to.is_some()).count()
+    }
+
+    /// When it was over, on the coordinator's clock.
+    #[must_use]
+    pub fn ended(&self) -> Option<Micros> {
+        self.phases.last().filter(|(phase, _)| *phase == Phase::Done).map(|(_, at)| *at)
     }
 
     /// Where the container ran at first, once that is known.

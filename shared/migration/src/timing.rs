@@ -24,7 +24,8 @@ pub struct FreezeSplit {
     pub ship: Micros,
     /// Joining pages and images, on the target.
     pub merge: Micros,
-    /// The engine's and the runtime's start, with CRIU's restore in it.
+    /// From the word to the runtime that waits until the container runs and its address is announced, with CRIU's
+    /// restore in it.
     pub start: Micros,
 }
 
@@ -45,7 +46,7 @@ pub fn freeze_split(migration: &Migration) -> Option<FreezeSplit> {
     let ended = migration.spans.iter().find(|span| span.effect == Effect::Restore)?.to?;
     let part = |effect| took(migration, effect).unwrap_or_default();
     Some(FreezeSplit {
-        total: ended.since(answered) + frozen.took,
+        total: ended.since(answered + restored.since) + frozen.took,
         freeze: frozen.took,
         dump: part(Effect::Dump),
         last_round: part(Effect::FinalRound),

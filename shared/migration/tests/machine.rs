@@ -6,12 +6,12 @@
 use std::collections::BTreeSet;
 
 use haulage_migration::{Effect, Event, Migration, Outcome, Persistence, Phase, Success, Transition};
-use haulage_protocol::checkpointer::{Dumped, Frozen, Inspected, Located, RolledBack};
+use haulage_protocol::checkpointer::{Dumped, Frozen, Inspected, Located, Network, RolledBack};
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::{CoordinatorId, HostId, MigrationId, Step};
 use haulage_protocol::job::{Job, Options};
 use haulage_protocol::page_shipper::{FinalReport, PagesOpened, RoundReport, TrackingStarted};
-use haulage_protocol::restorer::{Checked, Created, Restored, Verified};
+use haulage_protocol::restorer::{Checked, Created, Filled, Prepared, Restored, Verified};
 use haulage_protocol::secret::Token;
 use haulage_protocol::syncer::{FilesOpened, FilesSynced, ImagePulled, ImagePushed};
 use haulage_protocol::unit::{Bytes, Micros, Pages};
@@ -45,9 +45,27 @@ struct World {
     image_present: bool,
     persisted: bool,
     tracker: &'static str,
+    /// What every round leaves.
+    left: u64,
+    throttled: bool,
 }
 
 impl World {
+    fn new(image_present: bool, tracker: &'static str) -> Self {
+        Self {
+            source: Source::Running,
+            target: Target::Absent,
+            open: BTreeSet::new(),
+            leased: false,
+            done: BTreeSet::new(),
+            image_present,
+            persisted: false,
+            tracker,
+            left: 1 << 20,
+            throttled: false,
+        }
+    }
+
     /// Performs an effect as the services would: idempotent, and refusing what makes no sense.
     fn perform(&mut self, step: Step, effect: Effect, record: &Migration) -> Result<Success, Fault> {
         let again = !self.done.insert(step);
@@ -61,8 +79,13 @@ impl World {
             Effect::SyncFiles => drop(self.open.insert("source files")),
             Effect::StartTracking => drop(self.open.insert("source pages")),
             Effect::Freeze if self.source == Source::Running => self.source = Source::Frozen,
+            Effect::Throttle(_) => self.throttled = true,
+            Effect::Unthrottle => self.throttled = false,
             Effect::Dump => match self.source {
-                Source::Frozen | Source::Held => self.source = Source::Held,
+                Source::Frozen | Source::Held => {
+                    assert!(!self.throttled, "dumped with other limits than its own");
+                    self.source = Source::Held;
+                }
                 _ => return out_of_order("dump of a container that is not frozen"),
             },
             Effect::FinalRound | Effect::SyncFrozen => assert_ne!(self.source, Source::Running, "{effect}"),
@@ -110,15 +133,19 @@ impl World {
         let round = |round| RoundReport {
             round,
             dirty: Pages(1 << (16 - round.0.min(16))),
-            sent: Pages(0),
+            sent: Pages(10_000),
             zero: Pages(0),
             withheld: Pages(0),
+            left: Some(Pages(self.left)),
             wire: Bytes(0),
             scan: Micros(1),
             took: Micros(1_000_000),
+            encoding: Default::default(),
         };
         match effect {
-            Effect::Locate => Success::Located(host("a"), Located { container: Some(id()) }),
+            Effect::Locate => {
+                Success::Located(host("a"), Located { container: Some(id()), name: Some("web".into()) })
+            }
             Effect::Inspect => Success::Inspected(Box::new(Inspected {
                 container: id(),
                 name: "web".into(),
@@ -131,6 +158,7 @@ impl World {
                 disk: Bytes(0),
                 image_size: Bytes(0),
                 roots: Vec::new(),
+                descriptors: Vec::new(),
                 mapped_writable: Vec::new(),
             })),
             Effect::Check => Success::Checked(Checked { image_present: self.image_present }),
@@ -170,10 +198,14 @@ impl World {
                 total: Pages(0),
                 dropped: Pages(0),
             }),
-            Effect::Restore => {
-                Success::Restored(Restored { at: Micros(0), merge: Micros(0), start: Micros(0) })
-            }
-            Effect::Verify => Success::Verified(Verified { pid: 1 }),
+            Effect::Prepare => Success::Prepared(Prepared { network: Network::Made, took: Micros(0) }),
+            Effect::Restore => Success::Restored(Restored {
+                at: Micros(0),
+                merge: Micros(0),
+                start: Micros(0),
+                since: Micros(0),
+            }),
+            Effect::Verify => Success::Verified(Verified { pid: 1, filled: Filled::default() }),
             Effect::RollBackSource => Success::RolledBack(RolledBack { thawed_at: None }),
             _ => Success::Unit,
         }
@@ -190,6 +222,7 @@ struct Chaos {
     cancel: u32,
     hold: u32,
     bury: u32,
+    late: u32,
 }
 
 fn job() -> Job {
@@ -199,30 +232,17 @@ fn job() -> Job {
         container: "web".into(),
         from: None,
         to: "b".parse().unwrap(),
-        options: Options::default(),
+        options: Options { auto_converge: true, ..Options::default() },
     }
 }
 
 /// Drives one migration to its end through the chaos. The record goes through JSON each time it is persisted.
 fn drive(chaos: Chaos, image_present: bool, tracker: &'static str, rng: &mut TestRng) -> (Migration, World) {
-    let mut world = World {
-        source: Source::Running,
-        target: Target::Absent,
-        open: BTreeSet::new(),
-        leased: false,
-        done: BTreeSet::new(),
-        image_present,
-        persisted: false,
-        tracker,
-    };
+    let mut world = World::new(image_present, tracker);
     let mut clock = 0;
-    let mut now = || {
-        clock += 1;
-        Micros(clock)
-    };
     let roll = |rng: &mut TestRng, percent: u32| rng.random_range(0..100) < percent;
     let Transition { next, effects } =
-        Migration::accept(job(), Token::generate(), CoordinatorId::generate(), now());
+        Migration::accept(job(), Token::generate(), CoordinatorId::generate(), Micros(0));
     let persist = |record: &Migration| serde_json::to_vec(record).unwrap();
     let mut stored = persist(&next);
     let mut todo = effects;
@@ -237,6 +257,10 @@ fn drive(chaos: Chaos, image_present: bool, tracker: &'static str, rng: &mut Tes
             Event::TakenOver(CoordinatorId::generate())
         } else if roll(rng, chaos.cancel) {
             Event::Cancelled
+        } else if roll(rng, chaos.late) {
+            // All of a sudden an hour has passed.
+            clock += 3_600_000_000;
+            Event::TimePassed
         } else if roll(rng, chaos.bury) && (record.phase.is_revocable() || record.phase == Phase::Fence) {
             // The operator is right: the host is off, and what is made there later is made by a restorer that is back.
             world.target = Target::Absent;
@@ -279,7 +303,8 @@ fn drive(chaos: Chaos, image_present: bool, tracker: &'static str, rng: &mut Tes
         };
         let repeated = roll(rng, chaos.repeat).then(|| event.clone());
         let taken_over = matches!(event, Event::TakenOver(_));
-        match record.step(event, now()) {
+        clock += 1;
+        match record.step(event, Micros(clock)) {
             Ok(transition) => {
                 stored = persist(&transition.next);
                 if taken_over {
@@ -289,7 +314,7 @@ fn drive(chaos: Chaos, image_present: bool, tracker: &'static str, rng: &mut Tes
                     todo.extend(transition.effects);
                 }
                 if let Some(event @ (Event::Done(..) | Event::Failed(..))) = repeated {
-                    let twice = transition.next.step(event, now()).unwrap();
+                    let twice = transition.next.step(event, Micros(clock)).unwrap();
                     assert_eq!(twice.next, transition.next, "a repeated answer changed the record");
                     assert!(twice.effects.is_empty());
                 }
@@ -313,6 +338,8 @@ fn check_end(record: &Migration, world: &World) {
         }
     }
     assert!(!world.leased, "the lease was kept");
+    let noted = record.leftovers.iter().any(|left| left.effect == Effect::Unthrottle);
+    assert!(!world.throttled || noted, "slowed down for ever");
     for (what, effect) in [
         ("source pages", Effect::CloseSourcePages),
         ("target pages", Effect::CloseTargetPages),
@@ -330,10 +357,11 @@ proptest! {
     #[test]
     fn one_running_copy_and_no_leftovers_whatever_happens(
         fail in 0u32..25, lose in 0u32..25, crash in 0u32..20, repeat in 0u32..30, cancel in 0u32..4, hold in 0u32..5, bury in 0u32..3,
+        late in 0u32..4,
         image_present: bool, tracked: bool, seed: [u8; 32],
     ) {
         let mut rng = TestRng::from_seed(proptest::test_runner::RngAlgorithm::ChaCha, &seed);
-        let chaos = Chaos { fail, lose, crash, repeat, cancel, hold, bury };
+        let chaos = Chaos { fail, lose, crash, repeat, cancel, hold, bury, late };
         let (record, world) = drive(chaos, image_present, if tracked { "write_protect" } else { "none" }, &mut rng);
         check_end(&record, &world);
     }
@@ -342,7 +370,7 @@ proptest! {
 /// Fails or loses exactly one effect, each in turn: the path of every undo, one by one.
 #[test]
 fn every_single_failure_is_undone() {
-    let calm = Chaos { fail: 0, lose: 0, crash: 0, repeat: 0, cancel: 0, hold: 0, bury: 0 };
+    let calm = Chaos { fail: 0, lose: 0, crash: 0, repeat: 0, cancel: 0, hold: 0, bury: 0, late: 0 };
     let mut rng = TestRng::deterministic_rng(proptest::test_runner::RngAlgorithm::ChaCha);
     let (good, world) = drive(calm, false, "write_protect", &mut rng);
     assert_eq!(good.outcome, Some(Outcome::Committed));
@@ -362,16 +390,7 @@ fn every_single_failure_is_undone() {
 }
 
 fn drive_with_victim(victim: Effect, lost: bool) -> (Migration, World) {
-    let mut world = World {
-        source: Source::Running,
-        target: Target::Absent,
-        open: BTreeSet::new(),
-        leased: false,
-        done: BTreeSet::new(),
-        image_present: false,
-        persisted: false,
-        tracker: "write_protect",
-    };
+    let mut world = World::new(false, "write_protect");
     let Transition { mut next, effects: mut todo } =
         Migration::accept(job(), Token::generate(), CoordinatorId::generate(), Micros(0));
     while let Some((step, effect)) = todo.pop() {
@@ -390,9 +409,77 @@ fn drive_with_victim(victim: Effect, lost: bool) -> (Migration, World) {
     (next, world)
 }
 
+/// A world in which everything succeeds, up to the moment when `phase` has been entered.
+fn entered(phase: Phase, options: Options) -> (Migration, World, Vec<(Step, Effect)>) {
+    let mut world = World::new(true, "write_protect");
+    let job = Job { options, ..job() };
+    let Transition { mut next, effects: mut todo } =
+        Migration::accept(job, Token::generate(), CoordinatorId::generate(), Micros(0));
+    while next.phase != phase {
+        let (step, effect) = todo.pop().expect("the phase never comes");
+        let success = world.perform(step, effect, &next).unwrap();
+        let transition = next.step(Event::Done(step, success), Micros(1)).unwrap();
+        next = transition.next;
+        todo.extend(transition.effects);
+    }
+    (next, world, todo)
+}
+
+#[test]
+fn a_container_that_stands_still_for_too_long_is_let_go_whatever_is_under_way() {
+    let limit = Micros(Options::default().max_frozen_ms * 1000);
+    let (before, after) = (limit, Micros(limit.0 + 1));
+    for phase in [Phase::Freeze, Phase::Switch, Phase::Ship] {
+        let (record, mut world, under_way) = entered(phase, Options::default());
+        assert_eq!(record.frozen_until(), Some(Micros(limit.0 + 1)), "{phase}");
+        assert_eq!(record.step(Event::TimePassed, before).unwrap().next, record, "{phase}: too early");
+        // Half of it is done, and nobody will hear of it.
+        for (step, effect) in under_way.iter().take(2) {
+            world.perform(*step, *effect, &record).unwrap();
+        }
+        let Transition { mut next, effects: mut todo } = record.step(Event::TimePassed, after).unwrap();
+        assert_eq!(todo.iter().map(|(_, effect)| *effect).collect::<Vec<_>>(), [Effect::RollBackSource]);
+        let late = next.step(Event::Done(under_way[0].0, Success::Unit), after).unwrap();
+        assert_eq!(late.next, next, "{phase}: an answer that is no longer waited for");
+        while let Some((step, effect)) = todo.pop() {
+            let success = world.perform(step, effect, &next).unwrap();
+            let transition = next.step(Event::Done(step, success), after).unwrap();
+            next = transition.next;
+            todo.extend(transition.effects);
+        }
+        check_end(&next, &world);
+        assert_eq!(next.fault.unwrap().code, code::FROZEN_TOO_LONG);
+    }
+}
+
+#[test]
+fn time_matters_only_while_the_source_alone_decides() {
+    for phase in [Phase::PreCopy, Phase::Restore, Phase::Verify, Phase::Commit, Phase::Retire] {
+        let (record, _, _) = entered(phase, Options::default());
+        assert_eq!(record.step(Event::TimePassed, Micros(u64::MAX)).unwrap().next, record, "{phase}");
+    }
+    let (record, _, _) = entered(Phase::Switch, Options { max_frozen_ms: 0, ..Options::default() });
+    assert_eq!(record.step(Event::TimePassed, Micros(u64::MAX)).unwrap().next, record, "no limit");
+}
+
+/// It goes by its id from the first answer on, but people know it by its name.
+#[test]
+fn a_container_is_known_by_its_name_wherever_it_is_refused() {
+    for victim in [Effect::Locate, Effect::Inspect, Effect::Check] {
+        let (record, _) = drive_with_victim(victim, false);
+        assert_eq!((record.outcome, record.name()), (Some(Outcome::RolledBack), "web"), "{victim}");
+    }
+}
+
 #[test]
 fn an_answer_of_another_kind_is_refused() {
     let Transition { next, effects } =
         Migration::accept(job(), Token::generate(), CoordinatorId::generate(), Micros(0));
-    assert!(next.step(Event::Done(effects[0].0, Success::Verified(Verified { pid: 1 })), Micros(1)).is_err());
+    assert!(
+        next.step(
+            Event::Done(effects[0].0, Success::Verified(Verified { pid: 1, filled: Filled::default() })),
+            Micros(1)
+        )
+        .is_err()
+    );
 }

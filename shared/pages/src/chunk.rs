@@ -61,6 +61,8 @@ impl Bits {
 pub(crate) struct Chunk {
     /// Place in the data file, counted in chunks. None while every stored page is zero.
     pub(crate) slot: Option<u32>,
+    /// The round in which bytes of it came last.
+    pub(crate) latest: u32,
     /// Pages that are stored.
     pub(crate) present: Bits,
     /// Those of them whose bytes are in the data file; the others are zero.

@@ -3,7 +3,7 @@
 //! The connection that carries them adds lengths and checksums. All numbers are little-endian.
 //!
 //! ```text
-//! batch      magic "HPB1", codec u8, 0 u8 x3, vpid u32, round u32, generation u64, runs u32, data length u32,
+//! batch      magic "HPB2", codec u8, 0 u8 x3, vpid u32, round u32, generation u64, runs u32, data length u32,
 //!            data, then one u64 for each run
 //! manifest   magic "HPM1", 0 u32, vpid u32, last u32, generation u64, runs u32, 0 u32, then one u64 for each run
 //! run        bits 0-35 first page, bits 36-62 number of pages, bit 63 set when all are zero
@@ -26,11 +26,11 @@ pub const MAX_RUNS: usize = 64 * 1024;
 pub const MAX_FRAME: usize = HEADER + MAX_DATA_PAGES * PAGE_BYTES + MAX_RUNS * RUN;
 
 pub(crate) const HEADER: usize = 32;
-const RUN: usize = 8;
-const BATCH_MAGIC: [u8; 4] = *b"HPB1";
+pub(crate) const RUN: usize = 8;
+const BATCH_MAGIC: [u8; 4] = *b"HPB2";
 const MANIFEST_MAGIC: [u8; 4] = *b"HPM1";
 
-const PAGE_BITS: u32 = 36;
+pub(crate) const PAGE_BITS: u32 = 36;
 const COUNT_BITS: u32 = 27;
 const ZERO: u64 = 1 << 63;
 /// Pages in one run on the wire, at most; longer runs are split.
@@ -132,36 +132,24 @@ impl<'a> Batch<'a> {
     }
 }
 
-/// Builds one batch: [`HEADER`] bytes, then data appended by the caller, then [`finish`](BatchBuilder::finish).
-#[derive(Debug)]
-pub(crate) struct BatchBuilder {
-    pub(crate) bytes: Vec<u8>,
+/// What a batch says beside its data.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct BatchHead<'a> {
+    pub(crate) vpid: Vpid,
+    pub(crate) generation: Generation,
+    pub(crate) round: u32,
+    /// Ascending, at most [`MAX_RUNS`] after splitting, and exactly those of the data.
+    pub(crate) runs: &'a [Run],
 }
 
-impl BatchBuilder {
-    pub(crate) fn new() -> Self {
-        let mut bytes = Vec::with_capacity(HEADER + MAX_DATA_PAGES * (PAGE_BYTES + RUN));
-        bytes.resize(HEADER, 0);
-        Self { bytes }
-    }
-
-    /// Packs the data, and adds the runs and the header. Runs are ascending, at most [`MAX_RUNS`] after splitting,
-    /// and describe exactly the data.
-    pub(crate) fn finish(
-        mut self,
-        codec: Codec,
-        vpid: Vpid,
-        generation: Generation,
-        round: u32,
-        runs: &[Run],
-    ) -> Vec<u8> {
-        codec.pack(&mut self.bytes, HEADER);
-        let data = self.bytes.len() - HEADER;
-        let count = append_runs(&mut self.bytes, runs.iter().copied());
+impl BatchHead<'_> {
+    /// Makes a batch of `bytes`: [`HEADER`] bytes to be filled, then data that `codec` has packed.
+    pub(crate) fn complete(self, codec: Codec, bytes: &mut Vec<u8>) {
+        let data = bytes.len().saturating_sub(HEADER);
+        let runs = append_runs(bytes, self.runs.iter().copied());
         let first = u32::from(codec.id());
-        let header = Header { first, vpid, third: round, generation, runs: count, data: data as u32 };
-        header.write(&mut self.bytes, BATCH_MAGIC);
-        self.bytes
+        let Self { vpid, generation, round: third, .. } = self;
+        Header { first, vpid, third, generation, runs, data: data as u32 }.write(bytes, BATCH_MAGIC);
     }
 }
 
@@ -210,17 +198,17 @@ pub(crate) fn split_runs(ranges: &[PageRange]) -> impl Iterator<Item = PageRange
     })
 }
 
-struct Header {
-    first: u32,
-    vpid: Vpid,
-    third: u32,
-    generation: Generation,
-    runs: u32,
-    data: u32,
+pub(crate) struct Header {
+    pub(crate) first: u32,
+    pub(crate) vpid: Vpid,
+    pub(crate) third: u32,
+    pub(crate) generation: Generation,
+    pub(crate) runs: u32,
+    pub(crate) data: u32,
 }
 
 impl Header {
-    fn decode(bytes: &[u8], magic: [u8; 4]) -> Result<Self, FrameError> {
+    pub(crate) fn decode(bytes: &[u8], magic: [u8; 4]) -> Result<Self, FrameError> {
         if bytes.len() > MAX_FRAME {
             return Err(FrameError::TooLong(bytes.len()));
         }
@@ -243,7 +231,7 @@ impl Header {
     }
 
     /// Data and runs, when the frame has exactly the bytes that the header says.
-    fn body<'a>(&self, bytes: &'a [u8]) -> Result<(&'a [u8], &'a [u8]), FrameError> {
+    pub(crate) fn body<'a>(&self, bytes: &'a [u8]) -> Result<(&'a [u8], &'a [u8]), FrameError> {
         if self.runs as usize > MAX_RUNS {
             return Err(FrameError::TooMany);
         }
@@ -255,7 +243,7 @@ impl Header {
         body.split_at_checked(self.data as usize).ok_or(FrameError::Length { expected, found: bytes.len() })
     }
 
-    fn write(&self, bytes: &mut [u8], magic: [u8; 4]) {
+    pub(crate) fn write(&self, bytes: &mut [u8], magic: [u8; 4]) {
         let fields = [
             &magic[..],
             &self.first.to_le_bytes(),
@@ -322,9 +310,11 @@ mod tests {
     fn encoded(runs: &[Run]) -> (Vec<u8>, Vec<u8>) {
         let pages: u64 = runs.iter().filter(|run| !run.zero).map(|run| run.range.count()).sum();
         let data: Vec<u8> = (0..pages as usize * PAGE_BYTES).map(|index| (index / 7) as u8).collect();
-        let mut builder = BatchBuilder::new();
-        builder.bytes.extend(&data);
-        (builder.finish(Codec::Raw, Vpid(7), Generation(1 << 40), 3, runs), data)
+        let mut bytes = vec![0; HEADER];
+        bytes.extend(&data);
+        let head = BatchHead { vpid: Vpid(7), generation: Generation(1 << 40), round: 3, runs };
+        head.complete(Codec::Raw, &mut bytes);
+        (bytes, data)
     }
 
     proptest! {

@@ -7,21 +7,69 @@ use haulage_sys::vm_read::VmReader;
 use haulage_sys::{CallError, Errno, PAGE_BYTES, PAGE_SIZE};
 
 use crate::codec::Codec;
-use crate::frame::{BatchBuilder, HEADER, MAX_DATA_PAGES, Run};
-use crate::process::Process;
+use crate::frame::{BatchHead, HEADER, MAX_DATA_PAGES, RUN, Run};
+use crate::process::{Generation, Process, Vpid};
 use crate::range::{PageNo, PageRange, RangeSet};
 
 const ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
-/// Encoded pages, to be carried to [`crate::target::TargetEngine::apply`] as they are.
+/// Pages of one process, as they were read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PageBatch {
-    /// At most [`crate::frame::MAX_FRAME`] bytes, mostly a little over 1 MiB.
-    pub bytes: Vec<u8>,
-    /// Pages with data in it.
-    pub data_pages: u64,
+    pub(crate) vpid: Vpid,
+    pub(crate) generation: Generation,
+    pub(crate) round: u32,
+    /// Ascending.
+    pub(crate) runs: Vec<Run>,
+    /// Room for the header, then the bytes of the runs that are not zero.
+    pub(crate) buffer: Vec<u8>,
+}
+
+impl PageBatch {
+    /// Pages with data in it, at most [`MAX_DATA_PAGES`].
+    pub fn data_pages(&self) -> u64 {
+        self.count(false)
+    }
+
     /// Pages of zeros in it, which cost next to nothing.
-    pub zero_pages: u64,
+    pub fn zero_pages(&self) -> u64 {
+        self.count(true)
+    }
+
+    /// Whether nothing is left in it.
+    pub fn is_empty(&self) -> bool {
+        self.runs.is_empty()
+    }
+
+    /// The bytes of its pages with data.
+    pub fn data(&self) -> &[u8] {
+        self.buffer.get(HEADER..).unwrap_or_default()
+    }
+
+    /// Encoded, its data as it is.
+    pub fn into_frame(mut self) -> Vec<u8> {
+        let mut bytes = std::mem::take(&mut self.buffer);
+        self.head().complete(Codec::Raw, &mut bytes);
+        bytes
+    }
+
+    /// Encoded, with its data as `codec` has packed it.
+    pub(crate) fn packed_frame(&self, codec: Codec, packed: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(HEADER + packed.len() + self.runs.len() * RUN);
+        bytes.resize(HEADER, 0);
+        bytes.extend_from_slice(packed);
+        self.head().complete(codec, &mut bytes);
+        bytes
+    }
+
+    fn head(&self) -> BatchHead<'_> {
+        let Self { vpid, generation, round, ref runs, .. } = *self;
+        BatchHead { vpid, generation, round, runs }
+    }
+
+    fn count(&self, zero: bool) -> u64 {
+        self.runs.iter().filter(|run| run.zero == zero).map(|run| run.range.count()).sum()
+    }
 }
 
 /// Takes batches; may block. `Break` ends the round early.
@@ -49,7 +97,6 @@ pub(crate) struct Gathered {
 pub(crate) fn gather(
     process: Process,
     round: u32,
-    codec: Codec,
     wanted: &RangeSet,
     sink: Sink<'_>,
 ) -> Result<Gathered, CallError> {
@@ -66,8 +113,9 @@ pub(crate) fn gather(
     let mut cut = None;
     while let Some(group) = next_group(&mut rest, &mut cut) {
         let started = Instant::now();
-        let mut builder = BatchBuilder::new();
-        let got = match read_group(&reader, &group, &mut builder.bytes) {
+        let mut buffer = Vec::with_capacity(HEADER + MAX_DATA_PAGES * (PAGE_BYTES + RUN));
+        buffer.resize(HEADER, 0);
+        let got = match read_group(&reader, &group, &mut buffer) {
             Ok(got) => got,
             Err(CallError { errno: Errno::SRCH, .. }) => RangeSet::new(),
             Err(error) => return Err(error),
@@ -78,17 +126,15 @@ pub(crate) fn gather(
             result.reading += started.elapsed();
             continue;
         }
-        let runs = squeeze_zeros(&got, &mut builder.bytes);
-        let count =
-            |zero| runs.iter().filter(|run| run.zero == zero).map(|run| run.range.count()).sum::<u64>();
-        let (data_pages, zero_pages) = (count(false), count(true));
-        let bytes = builder.finish(codec, process.vpid, process.generation, round, &runs);
-        result.data_pages += data_pages;
-        result.zero_pages += zero_pages;
-        result.bytes += bytes.len() as u64;
+        let runs = squeeze_zeros(&got, &mut buffer);
+        let Process { vpid, generation, .. } = process;
+        let batch = PageBatch { vpid, generation, round, runs, buffer };
+        result.data_pages += batch.data_pages();
+        result.zero_pages += batch.zero_pages();
+        result.bytes += batch.data().len() as u64;
         let read = Instant::now();
         result.reading += read - started;
-        let flow = sink(PageBatch { bytes, data_pages, zero_pages });
+        let flow = sink(batch);
         result.sink += read.elapsed();
         if flow.is_break() {
             // Whether this batch has gone out is not known: it stays pending.
@@ -177,7 +223,7 @@ fn squeeze_zeros(pages: &RangeSet, bytes: &mut Vec<u8>) -> Vec<Run> {
     runs
 }
 
-fn append(runs: &mut Vec<Run>, page: PageNo, zero: bool) {
+pub(crate) fn append(runs: &mut Vec<Run>, page: PageNo, zero: bool) {
     let extended = runs
         .last()
         .filter(|last| last.zero == zero && last.range.end() == page)
@@ -189,10 +235,23 @@ fn append(runs: &mut Vec<Run>, page: PageNo, zero: bool) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::frame::Batch;
     use crate::process;
+
+    /// A batch of adjacent pages, as if they had been read.
+    pub(crate) fn batch_of(pages: &[[u8; PAGE_BYTES]]) -> PageBatch {
+        batch_at(Vpid(3), 1, PageNo(77), pages)
+    }
+
+    pub(crate) fn batch_at(vpid: Vpid, round: u32, first: PageNo, pages: &[[u8; PAGE_BYTES]]) -> PageBatch {
+        let mut buffer = vec![0; HEADER];
+        pages.iter().for_each(|page| buffer.extend(page));
+        let all = RangeSet::from_iter(PageRange::with_count(first, pages.len() as u64));
+        let runs = squeeze_zeros(&all, &mut buffer);
+        PageBatch { vpid, generation: Generation(9), round, runs, buffer }
+    }
 
     #[test]
     fn our_own_memory_arrives_in_batches_without_its_zeros() {
@@ -206,7 +265,7 @@ mod tests {
         let wanted = RangeSet::from_iter(PageRange::with_count(first, pages as u64));
         let us = process::describe(rustix::process::getpid()).unwrap().unwrap();
         let mut batches = Vec::new();
-        let gathered = gather(us, 1, Codec::Raw, &wanted, &mut |batch| {
+        let gathered = gather(us, 1, &wanted, &mut |batch| {
             batches.push(batch);
             ControlFlow::Continue(())
         })
@@ -215,7 +274,7 @@ mod tests {
         assert_eq!(gathered.data_pages, pages.div_ceil(3) as u64);
         assert_eq!(gathered.zero_pages + gathered.data_pages, pages as u64);
         for batch in &batches {
-            for (run, bytes) in Batch::decode(&batch.bytes).unwrap().pieces() {
+            for (run, bytes) in Batch::decode(&batch.clone().into_frame()).unwrap().pieces() {
                 let start = offset + (run.range.start().0 - first.0) as usize * PAGE_BYTES;
                 let there = &memory[start..start + run.range.count() as usize * PAGE_BYTES];
                 assert!(if run.zero { there.iter().all(|byte| *byte == 0) } else { there == bytes });
@@ -232,7 +291,7 @@ mod tests {
         let nowhere = PageRange::with_count(PageNo(1), 2).unwrap();
         wanted.insert(nowhere);
         let mut batches = 0;
-        let gathered = gather(us, 1, Codec::Raw, &wanted, &mut |_| {
+        let gathered = gather(us, 1, &wanted, &mut |_| {
             batches += 1;
             if batches == 2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })

@@ -1,9 +1,9 @@
 //! The index of a sealed store: which page lies where.
 //!
 //! ```text
-//! "HAULIDX1", processes u32, slots u32
+//! "HAULIDX2", processes u32, slots u32
 //!   per process: vpid u32, chunks u32, generation u64
-//!     per chunk: number u64, slot u32 (all ones: none), 0 u32, pages stored 64 bytes, pages in the data file 64 bytes
+//!     per chunk: number u64, slot u32 (all ones: none), latest round u32, pages stored 64 bytes, pages in the data file 64 bytes
 //! CRC-32 of everything before it, u32
 //! ```
 //! All numbers little-endian; a chunk is 2 MiB of address space, its slot 2 MiB of the data file; page n of a chunk is
@@ -15,7 +15,7 @@ use crate::chunk::{Bits, CHUNK_PAGES, Chunk};
 use crate::process::{Generation, Vpid};
 use crate::range::PageNo;
 
-const MAGIC: [u8; 8] = *b"HAULIDX1";
+const MAGIC: [u8; 8] = *b"HAULIDX2";
 const NO_SLOT: u32 = u32::MAX;
 
 /// An index that is not one, or damaged.
@@ -62,7 +62,7 @@ impl Index {
             for (number, chunk) in &stored.chunks {
                 bytes.extend(number.to_le_bytes());
                 bytes.extend(chunk.slot.unwrap_or(NO_SLOT).to_le_bytes());
-                bytes.extend([0; 4]);
+                bytes.extend(chunk.latest.to_le_bytes());
                 let words = chunk.present.0.iter().chain(&chunk.data.0);
                 bytes.extend(words.flat_map(|word| word.to_le_bytes()));
             }
@@ -122,9 +122,9 @@ impl Reader<'_> {
     }
 
     fn chunk(&mut self, slots: u32) -> Result<(u64, Chunk), IndexError> {
-        let (number, slot, _) = (self.u64()?, self.u32()?, self.u32()?);
+        let (number, slot, latest) = (self.u64()?, self.u32()?, self.u32()?);
         let slot = (slot != NO_SLOT).then_some(slot);
-        let chunk = Chunk { slot, present: self.bits()?, data: self.bits()? };
+        let chunk = Chunk { slot, latest, present: self.bits()?, data: self.bits()? };
         let homeless = slot.is_none() && !chunk.data.is_empty();
         if number >= PageNo::END.0.div_ceil(CHUNK_PAGES) || slot.is_some_and(|slot| slot >= slots) || homeless
         {
@@ -140,8 +140,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn index() -> Index {
-        let zero = Chunk { slot: None, present: Bits([5; 8]), data: Bits::default() };
-        let full = Chunk { slot: Some(3), present: Bits([u64::MAX; 8]), data: Bits([9; 8]) };
+        let zero = Chunk { slot: None, latest: 0, present: Bits([5; 8]), data: Bits::default() };
+        let full = Chunk { slot: Some(3), latest: 7, present: Bits([u64::MAX; 8]), data: Bits([9; 8]) };
         let stored = Stored { generation: Generation(77), chunks: [(4, zero), (9, full)].into() };
         let empty = Stored { generation: Generation(1), chunks: BTreeMap::new() };
         Index { processes: [(Vpid(1), stored), (Vpid(2), empty)].into(), slots: 4 }

@@ -14,8 +14,8 @@
 
 use std::time::{Duration, Instant};
 
-use crate::history::History;
-use crate::policy::{Selection, TransferPolicy};
+use crate::history::{Census, History};
+use crate::policy::{Quota, Selection, TransferPolicy};
 use crate::range::RangeSet;
 use crate::track::{Collected, Forgotten};
 
@@ -60,13 +60,23 @@ impl Ledger {
         }
         self.pending = self.pending.intersect(&found.mapped);
         if policy.needs_history() {
-            self.history.advance(&found.dirty);
+            // What is new was not found written a second time.
+            self.history.advance(&match &found.forgotten {
+                Forgotten::All => RangeSet::new(),
+                Forgotten::Pages(pages) => found.dirty.subtract(pages),
+            });
         }
     }
 
     /// Divides what is pending.
-    pub fn select(&self, policy: TransferPolicy) -> Selection {
-        policy.select(&self.pending, &self.history)
+    pub fn select(&self, policy: TransferPolicy, quota: &mut Quota) -> Selection {
+        policy.select(&self.pending, &self.history, quota)
+    }
+
+    /// Counts by their histories the pages that are pending, and those that the target has.
+    pub fn tally(&self, pending: &mut Census, known: &mut Census) {
+        self.history.tally(&self.pending, pending);
+        self.history.tally(&self.known, known);
     }
 
     /// `sent` was read after the last [`Self::observe`] and handed over by `now`; `gone` could not be read and is
@@ -95,6 +105,8 @@ impl Ledger {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::adaptive::{Timeline, quota};
+    use crate::policy::Pace;
     use crate::process::{Generation, Process, Vpid};
     use crate::range::{PageNo, PageRange};
     use crate::track::Tracking;
@@ -127,7 +139,15 @@ mod tests {
     fn any_policy() -> impl Strategy<Value = TransferPolicy> {
         let history = (1..=8_u8, 1..=8_u8)
             .prop_map(|(window, threshold)| TransferPolicy::History { window, threshold });
-        prop_oneof![Just(TransferPolicy::All), history]
+        prop_oneof![Just(TransferPolicy::All), Just(TransferPolicy::Adaptive), history]
+    }
+
+    fn any_pace() -> impl Strategy<Value = Pace> {
+        (prop::option::of(0.1..100.0_f64), 0..PAGES, any::<bool>()).prop_map(|(rate, allowance, last)| Pace {
+            rate,
+            allowance,
+            last,
+        })
     }
 
     fn set(pages: impl IntoIterator<Item = u64>) -> RangeSet {
@@ -176,9 +196,11 @@ mod tests {
             events in prop::collection::vec(any_event(), 0..80),
             policy in any_policy(),
             unreadable in prop::collection::btree_set(0..PAGES, 0..3),
+            pace in any_pace(),
         ) {
             let (mapped, mut now) = (set(0..PAGES), Instant::now());
             let (mut model, mut ledger, mut target) = (Model::default(), Ledger::default(), BTreeMap::new());
+            let mut timeline = Timeline::default();
             for event in &events {
                 model.apply(event);
                 if !matches!(event, Event::Round) {
@@ -194,8 +216,11 @@ mod tests {
                 let written = std::mem::take(&mut model.written);
                 let dirty = set(new.into_iter().chain(written).filter(|page| model.content.contains_key(page)));
                 now += TRANSFER / 3;
+                timeline.scanned(now);
                 ledger.observe(&found(&mapped, forgotten, dirty), policy, now);
-                let selection = ledger.select(policy);
+                let (mut pending, mut known) = (Census::default(), Census::default());
+                ledger.tally(&mut pending, &mut known);
+                let selection = ledger.select(policy, &mut quota(&timeline, &pending, &known, pace));
                 prop_assert_eq!(&selection.send.union(&selection.withhold), ledger.pending());
                 prop_assert!(selection.send.intersect(&selection.withhold).is_empty());
                 let readable = |page: &u64| model.content.contains_key(page) && !unreadable.contains(page);
@@ -230,7 +255,7 @@ mod tests {
     fn an_idle_process_is_owed_nothing() {
         let (all, none, mut ledger) = (set(0..PAGES), RangeSet::new(), Ledger::default());
         ledger.observe(&found(&all, Forgotten::All, all.clone()), TransferPolicy::All, Instant::now());
-        let selection = ledger.select(TransferPolicy::All);
+        let selection = ledger.select(TransferPolicy::All, &mut Quota { pages: Census::default() });
         ledger.settle(&selection.send, &none, Instant::now());
         assert!(ledger.owed(&all, &all).is_empty());
         assert_eq!(ledger.owed(&all, &none), all);

@@ -6,11 +6,11 @@
 //!  process, maps ─► track (write_protect | none)
 //!                      │ dirty, forgotten
 //!                      ▼
-//!                    ledger ◄─ policy, history
+//!                    ledger ◄─ policy, adaptive, history
 //!                      │ pages to send
 //!                      ▼
-//!                    gather ─► frame, codec ═════ bytes ═════► frame, codec ─► store ─► sealed
-//!  [source: SourceEngine]                                      [target: TargetEngine]  (the restorer)
+//!                    gather ─► known ─► encode ═ bytes ══════► frame, codec ─► store ─► sealed ─► serve
+//!  [source: SourceEngine]                                      [target: TargetEngine]  [the restorer: PageServer]
 //!                    manifest: exactly the pages that exist at the freeze ═════►
 //! ```
 //!
@@ -20,21 +20,28 @@
 //! - After [`target::TargetEngine::finish`] the store holds exactly the pages of the manifest, each with the bytes it
 //!   had at the freeze.
 
+mod absent;
+pub mod adaptive;
+pub mod choice;
 mod chunk;
 pub mod codec;
 mod direct_io;
+pub mod encode;
 pub mod frame;
 mod gather;
 pub mod history;
 mod index;
+pub mod known;
 pub mod ledger;
 pub mod manifest;
 pub mod maps;
+mod named;
 pub mod none;
 pub mod policy;
 pub mod process;
 pub mod range;
 pub mod sealed;
+pub mod serve;
 pub mod source;
 pub mod store;
 pub mod target;

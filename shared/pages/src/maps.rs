@@ -21,6 +21,17 @@ pub enum Class {
     Criu,
 }
 
+/// Nothing is mapped below (`vm.mmap_min_addr` of the kernel is no higher on any distribution).
+const LOWEST: u64 = 1 << 16;
+/// A stack grows down to `RLIMIT_STACK`, 8 MiB by default, and keeps a gap of 1 MiB below itself.
+const ROOM_FOR_A_STACK: u64 = 64 << 20;
+
+/// The span of `group`, no less than the group itself.
+fn span_of(group: Vec<PageRange>, below: u64, above: u64) -> Option<(PageRange, Vec<PageRange>)> {
+    let (first, last) = (group.first()?.addresses().start, group.last()?.addresses().end);
+    Some((PageRange::of_addresses(below.min(first)..above.max(last))?, group))
+}
+
 /// One mapping.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Region {
@@ -112,6 +123,26 @@ impl Maps {
         self.regions.iter().filter(|region| region.class() == Class::Tracked).filter_map(Region::pages)
     }
 
+    /// The tracked mappings in groups between which lies something that is not tracked, each with the span of addresses
+    /// that is the group's: from what lies below it to what lies above, except for the room that a stack may grow into.
+    pub fn tracked_spans(&self) -> Vec<(PageRange, Vec<PageRange>)> {
+        let mut spans = Vec::new();
+        let mut below = LOWEST;
+        let mut group: Vec<PageRange> = Vec::new();
+        for region in &self.regions {
+            match region.pages().filter(|_| region.class() == Class::Tracked) {
+                Some(pages) => group.push(pages),
+                None => {
+                    let above = region.start.saturating_sub(ROOM_FOR_A_STACK);
+                    spans.extend(span_of(std::mem::take(&mut group), below, above));
+                    below = region.end;
+                }
+            }
+        }
+        spans.extend(span_of(group, below, ADDRESS_END));
+        spans
+    }
+
     /// All pages of tracked mappings.
     pub fn tracked_pages(&self) -> RangeSet {
         self.tracked().collect()
@@ -201,5 +232,21 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
         let maps = Maps::of(rustix::process::getpid()).unwrap();
         assert!(maps.regions().iter().any(|region| region.name == "[stack]"));
         assert!(maps.tracked_pages().page_count() > 0);
+    }
+
+    #[test]
+    fn spans_reach_from_neighbour_to_neighbour() {
+        let maps = Maps::parse(
+            "20000-30000 rw-p 00000000 00:00 0 \n\
+             40000-50000 r--p 00000000 00:00 7 /file\n\
+             60000-70000 rw-p 00000000 00:00 0 \n\
+             90000-a0000 rw-p 00000000 00:00 0 [heap]\n\
+             7ffd00000000-7ffd00100000 rw-p 00000000 00:00 0 [stack]\n",
+        )
+        .unwrap();
+        let spans: Vec<_> =
+            maps.tracked_spans().into_iter().map(|(span, group)| (span.addresses(), group.len())).collect();
+        // Below the file there is no room for a stack, so the span ends with its mapping.
+        assert_eq!(spans, [(LOWEST..0x30000, 1), (0x50000..0x7ffd00000000 - ROOM_FOR_A_STACK, 2)]);
     }
 }

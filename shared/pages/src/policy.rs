@@ -1,21 +1,40 @@
 //! Which dirty pages a round sends. A page that is withheld is sent at the end at the latest: the ledger owes it.
 
-use crate::history::History;
-use crate::range::{PageRange, RangeSet};
+use crate::history::{self, Census, History};
+use crate::range::RangeSet;
 
 /// A transfer policy, as data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TransferPolicy {
     /// Every dirty page in every round, as P.Haul does.
-    #[default]
     All,
-    /// Withhold pages that are often dirty, since they would soon be dirty again.
+    /// Withhold pages that are often written, since they would soon be written again.
     History {
         /// Rounds looked at, 1 to 8 (more counts as 8).
         window: u8,
-        /// Dirty in so many of them, a page is withheld.
+        /// Written in so many of them, a page is withheld.
         threshold: u8,
     },
+    /// Withhold pages that sending now does not pay for: see [`crate::adaptive`].
+    #[default]
+    Adaptive,
+}
+
+/// What a round knows of the way to the target and of the freeze.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Pace {
+    /// Pages that the way takes in a second, once that was measured.
+    pub rate: Option<f64>,
+    /// Pages that may be left for the freeze.
+    pub allowance: u64,
+    /// The freeze is next, so that nothing may be put off.
+    pub last: bool,
+}
+
+/// How many pages of each pattern a round may send.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Quota {
+    pub(crate) pages: Census,
 }
 
 /// The pages of a round, divided.
@@ -28,20 +47,21 @@ pub struct Selection {
 }
 
 impl TransferPolicy {
-    /// Divides the pages of `dirty`; each is in exactly one part.
-    pub fn select(self, dirty: &RangeSet, history: &History) -> Selection {
-        match self {
-            Self::All => Selection { send: dirty.clone(), withhold: RangeSet::new() },
+    /// Divides the pages of `dirty`; each is in exactly one part. `quota` is what the round may still send under
+    /// [`Self::Adaptive`], and is used up by this; the other policies ask for none.
+    pub fn select(self, dirty: &RangeSet, history: &History, quota: &mut Quota) -> Selection {
+        let send = match self {
+            Self::All => return Selection { send: dirty.clone(), withhold: RangeSet::new() },
             Self::History { window, threshold } => {
-                let hot = dirty.pages().filter(|page| history.dirty_rounds(*page, window) >= threshold);
-                let withhold = hot.filter_map(|page| PageRange::with_count(page, 1)).collect();
-                Selection { send: dirty.subtract(&withhold), withhold }
+                history.select(dirty, |pattern| history::count(pattern, window) < threshold)
             }
-        }
+            Self::Adaptive => history.select(dirty, |pattern| quota.pages.take(pattern)),
+        };
+        Selection { withhold: dirty.subtract(&send), send }
     }
 
     /// Whether it looks at the history, which then must be kept.
     pub fn needs_history(self) -> bool {
-        matches!(self, Self::History { .. })
+        self != Self::All
     }
 }

@@ -1,16 +1,17 @@
 //! Reading a sealed page store, in another process than the one that filled it.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use haulage_sys::PAGE_BYTES;
+use haulage_sys::lazy::FileSource;
 
 use crate::chunk::{CHUNK_PAGES, Chunk, Piece};
 use crate::index::Index;
 use crate::process::{Generation, Vpid};
-use crate::range::{PageRange, RangeSet};
+use crate::range::{PageNo, PageRange, RangeSet};
 use crate::store::{DATA_FILE, INDEX_FILE, SLOT_BYTES, StoreError, offset, pages_of};
 
 /// A store that is complete and only read.
@@ -19,6 +20,16 @@ pub struct SealedStore {
     data: File,
     path: PathBuf,
     index: Index,
+}
+
+/// A chunk of a process that holds more than zeros.
+#[derive(Debug)]
+pub(crate) struct FilledChunk {
+    pub(crate) whole: PageRange,
+    /// The round in which bytes of it came last.
+    pub(crate) latest: u32,
+    /// Its pages that are not zeros.
+    pub(crate) data: Vec<PageRange>,
 }
 
 /// Adjacent stored pages of one kind.
@@ -83,18 +94,44 @@ impl SealedStore {
         Ok(())
     }
 
-    /// Writes the bytes of the pages of `range` to `writer`, in order.
+    /// The data file, for the kernel to copy from.
     ///
     /// # Errors
-    /// As [`Self::read_into`], and those of `writer`. Part of the bytes may have been written.
-    pub fn copy_to(&self, vpid: Vpid, range: PageRange, writer: &mut dyn Write) -> Result<(), StoreError> {
-        let mut buffer = vec![0; SLOT_BYTES as usize];
-        for piece in Piece::of(range) {
-            let Some(here) = buffer.get_mut(..piece.range.count() as usize * PAGE_BYTES) else { continue };
-            self.read_into(vpid, piece.range, here)?;
-            writer.write_all(here).map_err(|source| StoreError::Io { path: self.path.clone(), source })?;
+    /// When it cannot be mapped.
+    pub(crate) fn map(&self) -> Result<FileSource, StoreError> {
+        let length = u64::from(self.index.slots) * SLOT_BYTES;
+        FileSource::map(&self.data, length).map_err(|error| self.failed(error))
+    }
+
+    /// The chunks of a process that hold more than zeros; `None` of a process that is not listed.
+    pub(crate) fn filled(&self, vpid: Vpid) -> Option<Vec<FilledChunk>> {
+        let chunks = &self.index.processes.get(&vpid)?.chunks;
+        let filled =
+            chunks.iter().filter(|(_, chunk)| !chunk.data.is_empty()).filter_map(|(number, chunk)| {
+                let whole = PageRange::with_count(PageNo(number * CHUNK_PAGES), CHUNK_PAGES)?;
+                let data =
+                    chunk.runs(*number).filter(|(_, in_file)| *in_file).map(|(range, _)| range).collect();
+                Some(FilledChunk { whole, latest: chunk.latest, data })
+            });
+        Some(filled.collect())
+    }
+
+    /// Where in the data file `page` lies, and how many pages from it on lie there one after the other.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`] when the store does not have its bytes.
+    pub(crate) fn place(&self, vpid: Vpid, page: PageNo) -> Result<(u64, u64), StoreError> {
+        let chunk =
+            self.index.processes.get(&vpid).and_then(|stored| stored.chunks.get(&(page.0 / CHUNK_PAGES)));
+        let first = page.0 % CHUNK_PAGES;
+        let pages = chunk.map_or(0, |chunk| {
+            (first..CHUNK_PAGES).take_while(|page| chunk.data.contains(*page)).count() as u64
+        });
+        match (chunk.and_then(|chunk| chunk.slot), PageRange::with_count(page, 1)) {
+            (Some(slot), _) if pages > 0 => Ok((offset(slot, first), pages)),
+            (_, Some(range)) => Err(StoreError::Missing { vpid, range }),
+            (_, None) => Err(StoreError::Index(crate::index::IndexError::Chunk(page.0 / CHUNK_PAGES))),
         }
-        Ok(())
     }
 
     /// Calls `with` for each run of pages of `piece` that lie together in the data file or are zero together.
@@ -108,7 +145,7 @@ impl SealedStore {
         let chunk = stored.and_then(|stored| stored.chunks.get(&piece.chunk)).copied().unwrap_or_default();
         let absent = piece.bits().and_not(chunk.present);
         if !absent.is_empty() {
-            let missing = Chunk { slot: None, present: absent, data: Default::default() };
+            let missing = Chunk { present: absent, ..Chunk::default() };
             let range = missing.runs(piece.chunk).next().map_or(piece.range, |(range, _)| range);
             return Err(StoreError::Missing { vpid, range });
         }
@@ -131,7 +168,6 @@ impl SealedStore {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::range::PageNo;
     use crate::store::{PageStore, StoreLimits};
     use proptest::prelude::*;
     use std::collections::BTreeMap;
@@ -203,7 +239,9 @@ mod tests {
                     expected.iter().map(|((_, page), _)| *page).collect::<Vec<_>>());
                 let mut out = Vec::new();
                 for range in pages.iter() {
-                    sealed.copy_to(Vpid(vpid), range, &mut out).unwrap();
+                    let mut bytes = vec![0; range.count() as usize * PAGE_BYTES];
+                    sealed.read_into(Vpid(vpid), range, &mut bytes).unwrap();
+                    out.extend(bytes);
                 }
                 let all = out.chunks_exact(PAGE_BYTES).zip(expected);
                 for (bytes, (_, value)) in all {

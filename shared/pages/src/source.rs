@@ -14,13 +14,15 @@ use std::time::{Duration, Instant};
 use haulage_sys::CallError;
 use haulage_sys::freezer::{Freezer, FreezerError, FreezerState};
 
-use crate::codec::Codec;
+use crate::adaptive::{self, Timeline};
 use crate::gather::{Gathered, Sink, gather};
+use crate::history::Census;
 use crate::ledger::Ledger;
 use crate::manifest::{FinalManifest, ManifestProcess};
 use crate::none::NoTracking;
-use crate::policy::TransferPolicy;
+use crate::policy::{Pace, Quota, TransferPolicy};
 use crate::process::{self, Generation, ListError, Process, Vpid};
+use crate::range::RangeSet;
 use crate::track::{self, DirtyTracker, Method, Refused, TrackError, Tracking, Untracked};
 use crate::write_protect::WriteProtect;
 
@@ -61,13 +63,11 @@ pub enum SourceError {
     Stopped,
 }
 
-/// How to choose and pack.
+/// How to choose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct SourceOptions {
     /// Which dirty pages a round sends.
     pub policy: TransferPolicy,
-    /// How they are packed.
-    pub codec: Codec,
 }
 
 /// How one process is tracked.
@@ -125,13 +125,16 @@ pub struct RoundReport {
     pub zero_pages: u64,
     /// Dirty pages that wait for a later round: withheld by the policy, or not sent because the sink stopped.
     pub pending_pages: u64,
+    /// Pages that would have to be sent if the container were frozen right after this round: those that wait and
+    /// those written meanwhile. `None` when that could not be found out, and in the final round.
+    pub left_pages: Option<u64>,
     /// Pages that could no longer be read.
     pub gone_pages: u64,
-    /// Bytes handed to the sink.
+    /// Bytes of pages with data, as they were read.
     pub bytes: u64,
     /// Time to list processes, find and protect written pages.
     pub scan: Duration,
-    /// Time to read and encode pages.
+    /// Time to read pages.
     pub read: Duration,
     /// Time that the sink took.
     pub sink: Duration,
@@ -158,6 +161,7 @@ pub struct SourceEngine {
     freezer: Freezer,
     tracker: Box<dyn DirtyTracker>,
     ledgers: BTreeMap<(Vpid, Generation), Ledger>,
+    timeline: Timeline,
     options: SourceOptions,
     round: u32,
 }
@@ -208,43 +212,104 @@ impl SourceEngine {
             elapsed: started.elapsed(),
         };
         let cgroup_procs = cgroup_procs.to_owned();
-        Ok((Self { cgroup_procs, freezer, tracker, ledgers: BTreeMap::new(), options, round: 0 }, report))
+        let (ledgers, timeline) = (BTreeMap::new(), Timeline::default());
+        Ok((Self { cgroup_procs, freezer, tracker, ledgers, timeline, options, round: 0 }, report))
     }
 
-    /// Finds what has been written since the last round and sends what the policy chooses of it. The first round sends
-    /// everything. The container runs on.
+    /// Finds what has been written since the last time, and sends nothing: a look at how a container writes, which costs
+    /// it the faults of a round. The engine must follow [`TransferPolicy::Adaptive`], and is of no use for rounds then.
+    ///
+    /// # Errors
+    /// When processes cannot be listed.
+    pub fn look(&mut self) -> Result<(), SourceError> {
+        let processes = process::list(&self.cgroup_procs)?;
+        self.timeline.scanned(Instant::now());
+        for collected in self.tracker.collect(&processes) {
+            let ledger = self.ledgers.entry(key_of(collected.process)).or_default();
+            ledger.observe(&collected, self.options.policy, Instant::now());
+        }
+        Ok(())
+    }
+
+    /// What looks have shown: so many pages are written so often, a second.
+    pub fn seen(&self) -> Vec<(f64, u64)> {
+        let (mut pages, mut none) = (Census::default(), Census::default());
+        self.ledgers.values().for_each(|ledger| ledger.tally(&mut pages, &mut none));
+        let some = pages.iter().filter(|(_, pages)| *pages > 0);
+        some.map(|(pattern, pages)| {
+            // What was never seen written is taken to be at rest, however short the look.
+            let writes = if pattern == 0 { 0.0 } else { self.timeline.writes_per_second(pattern) };
+            (writes, pages)
+        })
+        .collect()
+    }
+
+    /// Finds what has been written since the last round and sends what the policy chooses of it, given `pace`. The
+    /// container runs on.
     ///
     /// # Errors
     /// When processes cannot be listed or read. What was handed to the sink before counts as sent only if the process
     /// it belongs to was done; the next round sends the rest again.
-    pub fn round(&mut self, sink: Sink<'_>) -> Result<RoundReport, SourceError> {
+    pub fn round(&mut self, pace: Pace, sink: Sink<'_>) -> Result<RoundReport, SourceError> {
         self.round += 1;
         let mut report = RoundReport { round: self.round, ..RoundReport::default() };
         let started = Instant::now();
         let processes = process::list(&self.cgroup_procs)?;
         self.ledgers.retain(|key, _| processes.iter().any(|process| key_of(*process) == *key));
-        let mut wanted = Vec::new();
+        let mut followed = Vec::new();
+        self.timeline.scanned(started);
         for collected in self.tracker.collect(&processes) {
             let ledger = self.ledgers.entry(key_of(collected.process)).or_default();
             ledger.observe(&collected, self.options.policy, Instant::now());
             report.dirty_pages += collected.dirty.page_count();
             report.processes.push(ProcessReport { process: collected.process, tracking: collected.tracking });
-            wanted.push((collected.process, ledger.select(self.options.policy).send));
+            followed.push(collected.process);
         }
+        let (mut quota, limit) = self.quota(pace);
         report.scan = started.elapsed();
-        for (process, pages) in wanted {
-            if report.stopped {
-                break;
-            }
-            let gathered = gather(process, self.round, self.options.codec, &pages, sink);
-            let gathered = gathered.map_err(|source| SourceError::Read { vpid: process.vpid, source })?;
-            if let Some(ledger) = self.ledgers.get_mut(&key_of(process)) {
+        for process in followed {
+            let Some(ledger) = self.ledgers.get_mut(&key_of(process)) else { continue };
+            let wanted = ledger.select(self.options.policy, &mut quota).send;
+            for piece in pieces(wanted, limit.is_some()) {
+                if report.stopped || limit.is_some_and(|limit| started.elapsed() >= limit) {
+                    break;
+                }
+                let gathered = gather(process, self.round, &piece, sink);
+                let gathered = gathered.map_err(|source| SourceError::Read { vpid: process.vpid, source })?;
                 ledger.settle(&gathered.sent, &gathered.gone, Instant::now());
+                report.add(&gathered);
             }
-            report.add(&gathered);
         }
         report.pending_pages = self.ledgers.values().map(|ledger| ledger.pending().page_count()).sum();
+        report.left_pages = self.left(&processes);
         Ok(report)
+    }
+
+    /// What the adaptive policy lets this round send, and how long it may take.
+    fn quota(&self, pace: Pace) -> (Quota, Option<Duration>) {
+        let (mut pending, mut known) = (Census::default(), Census::default());
+        if self.options.policy != TransferPolicy::Adaptive {
+            return (Quota { pages: pending }, None);
+        }
+        self.ledgers.values().for_each(|ledger| ledger.tally(&mut pending, &mut known));
+        let limit = adaptive::time_limit(pace, pending.total());
+        (adaptive::quota(&self.timeline, &pending, &known, pace), limit)
+    }
+
+    /// What the final round would send now, nearly: the processes run.
+    fn left(&mut self, processes: &[Process]) -> Option<u64> {
+        if self.tracker.method() == Method::None {
+            return None;
+        }
+        // Each on its own: one that ends meanwhile leaves nothing.
+        let scans = processes.iter().filter_map(|process| self.tracker.final_scan(&[*process]).ok());
+        let scans: Vec<_> = scans.flatten().collect();
+        let none = Ledger::default();
+        let owed = scans.iter().map(|scan| {
+            let ledger = self.ledgers.get(&key_of(scan.process)).unwrap_or(&none);
+            ledger.owed(&scan.exists, &scan.unwritten).page_count()
+        });
+        Some(owed.sum())
     }
 
     /// Sends everything that the target does not have, of the frozen container, and says which pages exist.
@@ -276,7 +341,7 @@ impl SourceEngine {
         }
         report.scan = started.elapsed();
         for (process, pages) in wanted {
-            let gathered = gather(process, self.round, self.options.codec, &pages, sink);
+            let gathered = gather(process, self.round, &pages, sink);
             let gathered = gathered.map_err(|source| SourceError::Read { vpid: process.vpid, source })?;
             report.add(&gathered);
             if gathered.stopped {
@@ -289,6 +354,32 @@ impl SourceEngine {
         }
         Ok((manifest, report))
     }
+}
+
+/// Pages read between two looks at the time.
+const PIECE: u64 = 2048;
+
+/// `wanted` in pieces, when a round is to end in time.
+fn pieces(wanted: RangeSet, in_time: bool) -> Vec<RangeSet> {
+    if !in_time {
+        return vec![wanted];
+    }
+    let (mut pieces, mut piece, mut room) = (Vec::new(), RangeSet::new(), PIECE);
+    for run in wanted.iter() {
+        let mut rest = Some(run);
+        while let Some(run) = rest {
+            let (part, after) = run.split_at(room);
+            room -= part.count();
+            piece.insert(part);
+            if room == 0 {
+                pieces.push(std::mem::take(&mut piece));
+                room = PIECE;
+            }
+            rest = after;
+        }
+    }
+    pieces.push(piece);
+    pieces
 }
 
 fn key_of(process: Process) -> (Vpid, Generation) {

@@ -14,8 +14,9 @@ use haulage_sys::{PAGE_BYTES, PAGE_SIZE};
 
 use crate::chunk::{CHUNK_PAGES, Chunk, Piece};
 use crate::index::{Index, IndexError, Stored};
+use crate::named::Owner;
 use crate::process::{Generation, Vpid};
-use crate::range::{PageRange, RangeSet};
+use crate::range::{PageNo, PageRange, RangeSet};
 
 pub(crate) const DATA_FILE: &str = "pages.dat";
 pub(crate) const INDEX_FILE: &str = "pages.idx";
@@ -83,6 +84,7 @@ pub struct PageStore {
     /// Slots whose chunk was dropped.
     free: Vec<u32>,
     chunks: usize,
+    round: u32,
     limits: StoreLimits,
 }
 
@@ -96,7 +98,20 @@ impl PageStore {
         let path = dir.join(DATA_FILE);
         let data = File::options().read(true).write(true).create_new(true).open(&path);
         let data = data.map_err(|source| StoreError::Io { path, source })?;
-        Ok(Self { dir: dir.to_owned(), data, index: Index::default(), free: Vec::new(), chunks: 0, limits })
+        Ok(Self {
+            dir: dir.to_owned(),
+            data,
+            index: Index::default(),
+            free: Vec::new(),
+            chunks: 0,
+            round: 0,
+            limits,
+        })
+    }
+
+    /// What is written from now on belongs to `round`.
+    pub fn enter_round(&mut self, round: u32) {
+        self.round = round;
     }
 
     /// The generation of process `vpid` that is stored.
@@ -138,7 +153,9 @@ impl PageStore {
             self.data
                 .write_all_at(here, offset(slot, piece.first()))
                 .map_err(|source| StoreError::Io { path: self.dir.join(DATA_FILE), source })?;
+            let round = self.round;
             let chunk = self.chunk(vpid, generation, piece.chunk)?;
+            chunk.latest = round;
             chunk.present = chunk.present.or(piece.bits());
             chunk.data = chunk.data.or(piece.bits());
         }
@@ -156,6 +173,46 @@ impl PageStore {
             chunk.data = chunk.data.and_not(piece.bits());
         }
         Ok(())
+    }
+
+    /// Stores for the pages of `range` what is stored of as many pages from `like` on.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`] when those are not stored, and nothing has changed; else as [`Self::write`].
+    pub(crate) fn copy(
+        &mut self,
+        to: Owner,
+        range: PageRange,
+        from: Owner,
+        like: PageNo,
+    ) -> Result<(), StoreError> {
+        let mut bytes = vec![0; range.count() as usize * PAGE_BYTES];
+        for (page, here) in (like.0..).zip(bytes.chunks_exact_mut(PAGE_BYTES)) {
+            self.read(from, PageNo(page), here)?;
+        }
+        self.write(to.vpid, to.generation, range, &bytes)
+    }
+
+    fn read(&self, owner: Owner, page: PageNo, bytes: &mut [u8]) -> Result<(), StoreError> {
+        let stored = self.index.processes.get(&owner.vpid);
+        let stored = stored.filter(|stored| stored.generation == owner.generation);
+        let chunk = stored.and_then(|stored| stored.chunks.get(&(page.0 / CHUNK_PAGES)));
+        let bit = page.0 % CHUNK_PAGES;
+        match chunk.filter(|chunk| chunk.present.contains(bit)) {
+            Some(Chunk { slot: Some(slot), data, .. }) if data.contains(bit) => self
+                .data
+                .read_exact_at(bytes, offset(*slot, bit))
+                .map_err(|source| StoreError::Io { path: self.dir.join(DATA_FILE), source }),
+            Some(_) => {
+                bytes.fill(0);
+                Ok(())
+            }
+            None => {
+                let range = PageRange::with_count(page, 1);
+                let error = range.map(|range| StoreError::Missing { vpid: owner.vpid, range });
+                Err(error.unwrap_or(StoreError::Full("address space")))
+            }
+        }
     }
 
     /// Drops the stored pages of process `vpid` that are not in `keep`, and says how many there were.

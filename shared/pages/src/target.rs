@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::frame::{Batch, FrameError};
 use crate::manifest::FinalManifest;
+use crate::named::Named;
 use crate::process::Vpid;
 use crate::range::PageRange;
 use crate::store::{PageStore, StoreError, StoreLimits};
@@ -80,11 +81,19 @@ impl TargetEngine {
     /// # Errors
     /// A batch that is refused changes nothing; after a failure of the disk the session is lost.
     pub fn apply(&mut self, bytes: &[u8]) -> Result<Applied, TargetError> {
-        let batch = Batch::decode(bytes)?;
+        self.store(&Batch::decode(bytes)?)
+    }
+
+    /// As [`Self::apply`], of a batch that was decoded elsewhere.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn store(&mut self, batch: &Batch<'_>) -> Result<Applied, TargetError> {
         if batch.round < self.latest {
             return Err(TargetError::Late { latest: self.latest, found: batch.round });
         }
         self.latest = batch.round;
+        self.store.enter_round(batch.round);
         let mut applied = Applied::default();
         for (run, bytes) in batch.pieces() {
             if run.zero {
@@ -96,6 +105,23 @@ impl TargetEngine {
             }
         }
         Ok(applied)
+    }
+
+    /// Stores pages that equal others, which are stored: a frame of [`crate::known::Known::take_named`].
+    ///
+    /// # Errors
+    /// As [`Self::apply`], and when one of the others has not come; the session is lost then.
+    pub fn copy(&mut self, bytes: &[u8]) -> Result<(), TargetError> {
+        let named = Named::decode(bytes)?;
+        if named.round < self.latest {
+            return Err(TargetError::Late { latest: self.latest, found: named.round });
+        }
+        self.latest = named.round;
+        self.store.enter_round(named.round);
+        for run in named.runs {
+            self.store.copy(named.of, run.pages, named.like, run.like)?;
+        }
+        Ok(())
     }
 
     /// Makes the store hold exactly the pages of `manifest` and seals it.

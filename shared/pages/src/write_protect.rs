@@ -106,11 +106,11 @@ impl WriteProtect {
 
     fn hold(&self, process: Process) -> Hold {
         let not = |reason, retry| Hold::Not { reason, retry };
-        let maps = match Maps::of(process.pid) {
+        match Maps::of(process.pid) {
             Ok(maps) if maps.regions().is_empty() => return not(Untracked::NoMemory, false),
-            Ok(maps) => maps,
+            Ok(_) => {}
             Err(error) => return not(Untracked::Failed { detail: track::in_one_line(&error) }, true),
-        };
+        }
         if let Some(with) = self.shares_memory(process) {
             return not(Untracked::SharesMemory { with }, true);
         }
@@ -124,7 +124,11 @@ impl WriteProtect {
         match WriteTracker::negotiate(fd) {
             Ok(tracker) => {
                 let mut held = Held { tracker, ours: RangeSet::new(), refused: Vec::new() };
-                held.register(maps.tracked());
+                // The injection took its time: the process may have other mappings by now.
+                match Maps::of(process.pid) {
+                    Ok(maps) => held.register(&maps, |_| true),
+                    Err(error) => return not(Untracked::Failed { detail: track::in_one_line(&error) }, true),
+                };
                 Hold::Held(held)
             }
             Err(error) => not(Untracked::KernelCannot { detail: track::in_one_line(&error) }, false),
@@ -203,19 +207,38 @@ impl WriteProtect {
 }
 
 impl Held {
-    /// Registers mappings one by one and says which were.
-    fn register(&mut self, mappings: impl Iterator<Item = PageRange>) -> RangeSet {
+    /// Registers the mappings that are `wanted` and says which were.
+    ///
+    /// The process goes on meanwhile. Were a mapping registered by the bounds that it had when they were read, the kernel
+    /// could cut in two one that has taken its place since, and `mremap` of the process on it would fail. So all that
+    /// lies between two mappings that are not ours is registered at once: no mapping of ours reaches across these.
+    fn register(&mut self, maps: &Maps, wanted: impl Fn(PageRange) -> bool) -> RangeSet {
         let mut registered = RangeSet::new();
-        for range in mappings {
-            let addresses = range.addresses();
-            match self.tracker.register(addresses.start, addresses.end - addresses.start) {
-                Ok(()) => registered.insert(range),
-                Err(error) => self.refused.push(Refused { range, reason: track::in_one_line(&error) }),
+        for (span, mappings) in maps.tracked_spans() {
+            let mut mappings = mappings.into_iter().filter(|range| wanted(*range)).peekable();
+            if mappings.peek().is_none() {
+                continue;
+            }
+            if self.register_range(span).is_ok() {
+                mappings.for_each(|range| registered.insert(range));
+                continue;
+            }
+            // Something in there cannot be registered; one by one it is found.
+            for range in mappings {
+                match self.register_range(range) {
+                    Ok(()) => registered.insert(range),
+                    Err(error) => self.refused.push(Refused { range, reason: track::in_one_line(&error) }),
+                }
             }
         }
         let refused: RangeSet = self.refused.iter().map(|refused| refused.range).collect();
         self.ours = self.ours.subtract(&refused).union(&registered);
         registered
+    }
+
+    fn register_range(&self, range: PageRange) -> Result<(), CallError> {
+        let addresses = range.addresses();
+        self.tracker.register(addresses.start, addresses.end - addresses.start)
     }
 
     /// Finds pages outside registered mappings and registers the mappings that hold them. Returns the pages that are
@@ -233,7 +256,7 @@ impl Held {
         }
         let touched: Vec<_> = maps.tracked().filter(|range| outside.overlaps(*range)).collect();
         self.refused.clear();
-        let registered = self.register(touched.iter().copied());
+        let registered = self.register(maps, |range| outside.overlaps(range));
         let found = outside.intersect(&registered);
         if !found.is_empty() && found == unregistered(pagemap, &found)? {
             return Err(RoundError::OtherMemory);

@@ -15,9 +15,12 @@ use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 
 use haulage_pages::PageBatch;
+use haulage_pages::choice::Compression;
+use haulage_pages::codec::Codec;
+use haulage_pages::encode::Encoder;
 use haulage_pages::maps::Maps;
 use haulage_pages::none::NoTracking;
-use haulage_pages::policy::TransferPolicy;
+use haulage_pages::policy::{Pace, TransferPolicy};
 use haulage_pages::process::{self, Process};
 use haulage_pages::range::{PageNo, PageRange};
 use haulage_pages::sealed::SealedStore;
@@ -40,7 +43,7 @@ struct Move {
 
 impl Move {
     fn begin(target: Target, tracker: Box<dyn DirtyTracker>, policy: TransferPolicy) -> Self {
-        let options = SourceOptions { policy, ..SourceOptions::default() };
+        let options = SourceOptions { policy };
         let (source, _) = SourceEngine::begin_with(&target.cgroup_procs(), tracker, None, options).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let store = TargetEngine::create(&dir.path().join("store"), StoreLimits::default()).unwrap();
@@ -49,7 +52,8 @@ impl Move {
 
     fn round(&mut self) -> RoundReport {
         let store = &mut self.store;
-        self.source.round(&mut |batch| into(store, &batch)).unwrap()
+        let pace = Pace { rate: Some(20_000.0), allowance: 100, last: false };
+        self.source.round(pace, &mut |batch| into(store, &batch)).unwrap()
     }
 
     fn tell(&mut self, commands: &str) {
@@ -75,8 +79,9 @@ impl Move {
 }
 
 fn into(store: &mut TargetEngine, batch: &PageBatch) -> ControlFlow<()> {
-    let applied = store.apply(&batch.bytes).unwrap();
-    assert_eq!((applied.data_pages, applied.zero_pages), (batch.data_pages, batch.zero_pages));
+    let encoded = Encoder::new(Compression::Only(Codec::Lz4)).encode(batch.clone());
+    let applied = store.apply(&encoded.bytes).unwrap();
+    assert_eq!((applied.data_pages, applied.zero_pages), (batch.data_pages(), batch.zero_pages()));
     ControlFlow::Continue(())
 }
 
@@ -119,7 +124,8 @@ fn trackers() -> Vec<Box<dyn DirtyTracker>> {
 
 /// Runs a scenario with every tracker and with every policy.
 fn on_all(before: &str, scenario: impl Fn(&mut Move)) {
-    for policy in [TransferPolicy::All, TransferPolicy::History { window: 4, threshold: 2 }] {
+    let history = TransferPolicy::History { window: 4, threshold: 2 };
+    for policy in [TransferPolicy::All, history, TransferPolicy::Adaptive] {
         for tracker in trackers() {
             let mut target = Target::start();
             target.tell(before);
@@ -249,7 +255,7 @@ fn a_round_finds_exactly_what_was_written() {
     );
     let mut round = |target: &mut Target, commands: &str| {
         target.tell(commands);
-        let report = source.round(&mut |_| ControlFlow::Continue(())).unwrap();
+        let report = source.round(Pace::default(), &mut |_| ControlFlow::Continue(())).unwrap();
         assert_eq!(report.dirty_pages, report.data_pages + report.zero_pages);
         report.dirty_pages
     };
@@ -266,6 +272,21 @@ fn a_round_finds_exactly_what_was_written() {
 }
 
 #[test]
+fn a_look_tells_pages_that_are_written_from_those_at_rest() {
+    let mut target = Target::start();
+    target.tell("map 0 3000; write 0 0 3000");
+    let (mut source, _) = SourceEngine::begin(&target.cgroup_procs(), SourceOptions::default()).unwrap();
+    for _ in 0..5 {
+        source.look().unwrap();
+        target.tell("write 0 100 400");
+    }
+    let seen = source.seen();
+    let written: u64 = seen.iter().filter(|(writes, _)| *writes > 0.0).map(|(_, pages)| pages).sum();
+    let rest: u64 = seen.iter().filter(|(writes, _)| *writes == 0.0).map(|(_, pages)| pages).sum();
+    assert!((400..440).contains(&written) && (2560..3000).contains(&rest), "{seen:?}");
+}
+
+#[test]
 fn only_a_frozen_container_has_a_final_round_and_a_thawed_one_goes_on() {
     let mut target = Target::start();
     target.tell("map 0 500; write 0 0 500");
@@ -279,7 +300,7 @@ fn only_a_frozen_container_has_a_final_round_and_a_thawed_one_goes_on() {
     moving.target.freezer().thaw().unwrap();
     moving.tell("write 0 10 10");
     let store = &mut moving.store;
-    moving.source.round(&mut |batch| into(store, &batch)).unwrap();
+    moving.source.round(Pace::default(), &mut |batch| into(store, &batch)).unwrap();
     let last = moving.finish();
     assert!(last.data_pages < 50, "{last:?}");
 }
@@ -297,7 +318,7 @@ fn a_process_that_does_not_stop_is_reported_and_tried_again() {
         assert!(matches!(report.processes[0].untracked(), Some(Untracked::Injection { .. })), "{report:?}");
     }
     target.tell("write 0 30 30");
-    let report = source.round(&mut |_| ControlFlow::Continue(())).unwrap();
+    let report = source.round(Pace::default(), &mut |_| ControlFlow::Continue(())).unwrap();
     assert!(report.processes[0].untracked().is_none() && report.dirty_pages >= 300, "{report:?}");
     target.tell("write 0 30 30");
 }
@@ -310,7 +331,7 @@ fn dropping_the_engine_leaves_nothing_in_the_target() {
         |target: &Target| std::fs::read_dir(format!("/proc/{}/fd", target.pid())).unwrap().count();
     let before = descriptors(&target);
     let (mut source, _) = SourceEngine::begin(&target.cgroup_procs(), SourceOptions::default()).unwrap();
-    source.round(&mut |_| ControlFlow::Continue(())).unwrap();
+    source.round(Pace::default(), &mut |_| ControlFlow::Continue(())).unwrap();
     let registered = |target: &Target| {
         let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", target.pid())).unwrap();
         smaps.lines().any(|line| line.starts_with("VmFlags:") && line.contains(" uw"))

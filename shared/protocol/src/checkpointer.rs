@@ -30,6 +30,9 @@ pub struct Locate {
 pub struct Located {
     /// The container's full id, if the host has it.
     pub container: Option<ContainerId>,
+    /// Its name then, without the leading slash.
+    #[serde(default)]
+    pub name: Option<String>,
 }
 
 /// Captures what the container is, and refuses with a code and a remedy what cannot move. Changes nothing.
@@ -67,6 +70,9 @@ pub struct Inspected {
     pub image_size: Bytes,
     /// The directories that the files service carries over.
     pub roots: Vec<SourceRoot>,
+    /// What the descriptors 0, 1 and 2 of its first process were at its start (`pipe:[1234]`, `/dev/null`).
+    #[serde(default)]
+    pub descriptors: Vec<String>,
     /// Files that some process maps shared and writable, as [`Frozen::mapped_writable`]: one that is unmapped before
     /// the freeze may have been written to after the live pass without a trace all the same.
     pub mapped_writable: Vec<MappedFile>,
@@ -81,11 +87,40 @@ pub struct SourceRoot {
     pub path: String,
 }
 
+/// Lets the container have only a share of the processor time that it used until now, so that it writes less memory.
+/// What its limit was is written down before. Asked again, the share is of the same amount.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Throttle {
+    /// The container.
+    pub container: ContainerId,
+    /// The share that it keeps, in percent.
+    pub keep: u8,
+}
+
+/// The answer to [`Throttle`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Throttled {}
+
+/// Gives the container the limit back that it had before [`Throttle`]. Harmless when it was not throttled, or is gone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unthrottle {
+    /// The container.
+    pub container: ContainerId,
+}
+
+/// The answer to [`Unthrottle`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unthrottled {}
+
 /// Freezes the container's cgroup. Afterwards every task of it stands still; on a fault it runs as before.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Freeze {
     /// The container.
     pub container: ContainerId,
+    /// What it was ([`Inspected::spec`]). It is refused, untouched, when it is something else by now, such as after
+    /// `docker update` or `docker network connect`: the target was made from this.
+    #[serde(default)]
+    pub spec: Option<Value>,
 }
 
 /// The answer to [`Freeze`].
@@ -117,6 +152,19 @@ pub struct MappedFile {
 pub struct Dump {
     /// The container.
     pub container: ContainerId,
+    /// How its network comes into being on the target.
+    pub network: Network,
+}
+
+/// How a container's network comes into being on the target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Network {
+    /// While the container is restored.
+    #[default]
+    AtRestore,
+    /// It is made before.
+    Made,
 }
 
 /// The answer to [`Dump`].
@@ -167,6 +215,8 @@ pub struct RolledBack {
 
 rpc!(Locate, Checkpointer, "locate", Located);
 rpc!(Inspect, Checkpointer, "inspect", Inspected);
+rpc!(Throttle, Checkpointer, "throttle", Throttled);
+rpc!(Unthrottle, Checkpointer, "unthrottle", Unthrottled);
 rpc!(Freeze, Checkpointer, "freeze", Frozen);
 rpc!(Dump, Checkpointer, "dump", Dumped);
 rpc!(Confirm, Checkpointer, "confirm", Confirmed);

@@ -75,6 +75,10 @@ pub mod code {
     pub const UNKNOWN_MIGRATION: FaultCode = FaultCode::known("unknown_migration");
     /// The hold on the frozen source was lost, so its dump no longer matches it.
     pub const HOLD_LOST: FaultCode = FaultCode::known("hold_lost");
+    /// The container had stood still for too long before the target could be asked to restore it.
+    pub const FROZEN_TOO_LONG: FaultCode = FaultCode::known("frozen_too_long");
+    /// The container would stand still for longer than it may: it writes faster than its memory can be sent.
+    pub const CANNOT_CONVERGE: FaultCode = FaultCode::known("cannot_converge");
     /// The verb was asked before what it builds on.
     pub const OUT_OF_ORDER: FaultCode = FaultCode::known("out_of_order");
     /// A defect of the service itself.
@@ -106,7 +110,9 @@ impl Fault {
     /// A fault from an error and the chain of its sources.
     #[must_use]
     pub fn from_error(code: FaultCode, error: &dyn Error) -> Self {
-        Self::new(code, error.to_string()).because_chain(error.source())
+        let mut told = chain(error).into_iter();
+        let message = told.next().unwrap_or_default();
+        Self { causes: told.collect(), ..Self::new(code, message) }
     }
 
     /// Adds what to do about it.
@@ -118,15 +124,8 @@ impl Fault {
 
     /// Adds an error and the chain of its sources as causes.
     #[must_use]
-    pub fn because(self, error: &dyn Error) -> Self {
-        self.because_chain(Some(error))
-    }
-
-    fn because_chain(mut self, mut next: Option<&dyn Error>) -> Self {
-        while let Some(error) = next {
-            self.causes.push(error.to_string());
-            next = error.source();
-        }
+    pub fn because(mut self, error: &dyn Error) -> Self {
+        self.causes.extend(chain(error));
         self
     }
 
@@ -135,6 +134,27 @@ impl Fault {
     pub fn is_unreachable(&self) -> bool {
         self.code == code::UNREACHABLE
     }
+}
+
+/// What an error and its sources say, outermost first, each thing once: many an error of other crates ends with what
+/// its source says.
+#[must_use]
+pub fn chain(error: &dyn Error) -> Vec<String> {
+    let mut told: Vec<String> = Vec::new();
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let text = error.to_string();
+        for said in &mut told {
+            if let Some(own) = said.strip_suffix(&text).and_then(|own| own.strip_suffix(": ")) {
+                *said = own.to_owned();
+            }
+        }
+        if told.last() != Some(&text) {
+            told.push(text);
+        }
+        next = error.source();
+    }
+    told
 }
 
 impl fmt::Display for Fault {
@@ -159,6 +179,36 @@ mod tests {
         let wire = serde_json::to_string(&fault).unwrap();
         assert_eq!(serde_json::from_str::<Fault>(&wire).unwrap(), fault);
         assert_eq!(fault.to_string(), "cannot write (internal): disk on fire");
+    }
+
+    /// An error that says what its source says.
+    #[derive(Debug)]
+    struct Talkative(&'static str, Option<Box<Talkative>>);
+
+    impl fmt::Display for Talkative {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str(self.0)?;
+            self.1.iter().try_for_each(|source| write!(f, ": {source}"))
+        }
+    }
+
+    impl Error for Talkative {
+        fn source(&self) -> Option<&(dyn Error + 'static)> {
+            self.1.as_deref().map(|source| source as _)
+        }
+    }
+
+    #[test]
+    fn nothing_is_told_twice() {
+        let talkative = |texts: &[&'static str]| {
+            texts.iter().rev().fold(None, |inner, text| Some(Box::new(Talkative(text, inner)))).unwrap()
+        };
+        let error = talkative(&["no responders", "no responders"]);
+        assert_eq!(error.to_string(), "no responders: no responders");
+        assert_eq!(chain(&*error), ["no responders"]);
+        let fault = Fault::from_error(code::INTERNAL, &*talkative(&["cannot ask", "timed out", "5 s"]));
+        assert_eq!(fault.to_string(), "cannot ask (internal): timed out: 5 s");
+        assert_eq!(chain(&*talkative(&["a", "b", "a"])), ["a", "b", "a"]);
     }
 
     #[test]

@@ -4,6 +4,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::fault::Fault;
 use crate::id::{HostId, MigrationId};
+use crate::policy::Policy;
+use crate::transfer::Transfer;
+use crate::unit::Micros;
 use crate::version::Version;
 
 /// A request to migrate, published on the work queue. The same id twice is one migration.
@@ -29,17 +32,51 @@ pub struct Job {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Options {
-    /// Pre-copy goes on until the rest is predicted to take no longer than this, in milliseconds.
-    pub max_downtime_ms: u64,
+    /// Which dirty pages a round sends, and with `phaul` when rounds end.
+    pub policy: Policy,
+    /// Pre-copy goes on until the container is predicted to stand still for no longer than this, in milliseconds.
+    /// [`DOWNTIME`] when absent.
+    pub max_downtime_ms: Option<u64>,
+    /// The longest time, in milliseconds, from the first round to the freeze. When it has passed the container is
+    /// frozen all the same, or, if `max_downtime_ms` was given and cannot be kept, the migration is undone. Without
+    /// it the container is frozen when more rounds no longer help.
+    pub deadline_ms: Option<u64>,
     /// The most pre-copy rounds.
-    pub max_rounds: u32,
+    pub max_rounds: Option<u32>,
+    /// Slow the container down when it writes faster than its memory can be sent.
+    pub auto_converge: bool,
+    /// The longest time, in milliseconds, that the container may stand still before the target is asked to restore it;
+    /// then the migration is undone. Zero: as long as it takes.
+    pub max_frozen_ms: u64,
     /// Bind mounts (paths on the hosts) that are the same on both hosts.
     pub shared_binds: Vec<String>,
+    /// How pages and files travel.
+    pub transfer: Transfer,
+}
+
+/// The downtime that is aimed at when none is asked for.
+pub const DOWNTIME: Micros = Micros(150_000);
+
+impl Options {
+    /// The downtime that is aimed at.
+    #[must_use]
+    pub fn downtime(&self) -> Micros {
+        self.max_downtime_ms.map_or(DOWNTIME, |ms| Micros(ms.saturating_mul(1000)))
+    }
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { max_downtime_ms: 150, max_rounds: 8, shared_binds: Vec::new() }
+        Self {
+            policy: Policy::default(),
+            max_downtime_ms: None,
+            deadline_ms: None,
+            max_rounds: None,
+            auto_converge: false,
+            max_frozen_ms: 60_000,
+            shared_binds: Vec::new(),
+            transfer: Transfer::default(),
+        }
     }
 }
 

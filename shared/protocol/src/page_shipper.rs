@@ -1,11 +1,15 @@
 //! Requests to the page-shipper: the memory of a container, on the source and on the target host.
 
+use std::ops::AddAssign;
+
 use serde::{Deserialize, Serialize};
 
 use crate::checkpointer::rpc;
 use crate::id::Round;
+use crate::policy::Policy;
 use crate::rpc::{Rpc, Service};
 use crate::secret::Token;
+use crate::transfer::Transfer;
 use crate::unit::{Bytes, Micros, Pages};
 
 /// Target role: makes an empty page store and lets one source in.
@@ -35,6 +39,15 @@ pub struct StartTracking {
     pub address: String,
     /// The target's token.
     pub token: Token,
+    /// How pages travel.
+    #[serde(default)]
+    pub transfer: Transfer,
+    /// Memory in use: what the account of the pages that were sent may be a hundredth of.
+    #[serde(default)]
+    pub memory: Bytes,
+    /// Which dirty pages a round sends.
+    #[serde(default)]
+    pub policy: Policy,
 }
 
 /// The answer to [`StartTracking`].
@@ -58,10 +71,22 @@ pub struct Untracked {
 }
 
 /// Source role: one pre-copy round while the container runs. Returns when the target has stored the pages.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct RunRound {
     /// Its number.
     pub round: Round,
+    /// What the way to the target takes in a second, once rounds have told.
+    #[serde(default)]
+    pub rate: Option<Pages>,
+    /// What may be left for the freeze.
+    #[serde(default)]
+    pub allowance: Pages,
+    /// The freeze is next: what is put off now is sent then.
+    #[serde(default)]
+    pub last: bool,
+    /// How long to wait before it begins.
+    #[serde(default)]
+    pub pause: Micros,
 }
 
 /// The answer to [`RunRound`], and what the record keeps of a round.
@@ -77,12 +102,83 @@ pub struct RoundReport {
     pub zero: Pages,
     /// Pages held back by the transfer policy.
     pub withheld: Pages,
+    /// Pages that would have to be sent if the container were frozen right after the round: those held back and those
+    /// written meanwhile. Absent where it is not known, and in the last round.
+    #[serde(default)]
+    pub left: Option<Pages>,
     /// Bytes on the wire, headers included.
     pub wire: Bytes,
     /// Time in the scans.
     pub scan: Micros,
     /// The whole round.
     pub took: Micros,
+    /// How the pages went.
+    #[serde(default)]
+    pub encoding: Encoding,
+}
+
+/// How the pages of a round that are not zero went over the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Encoding {
+    /// Pages that went as they are.
+    pub plain: Pages,
+    /// Pages that went packed with lz4.
+    pub lz4: Pages,
+    /// Pages that went packed with zstd.
+    pub zstd: Pages,
+    /// Pages that went as the name of another one, which the target had.
+    pub named: Pages,
+    /// Pages that were written, but hold what the target has of them: they did not go.
+    pub unchanged: Pages,
+}
+
+impl Encoding {
+    /// What the pages hold that went in any form or did not have to.
+    #[must_use]
+    pub fn raw(self) -> Bytes {
+        (self.plain + self.lz4 + self.zstd + self.named + self.unchanged).bytes()
+    }
+}
+
+impl AddAssign for Encoding {
+    fn add_assign(&mut self, other: Self) {
+        self.plain += other.plain;
+        self.lz4 += other.lz4;
+        self.zstd += other.zstd;
+        self.named += other.named;
+        self.unchanged += other.unchanged;
+    }
+}
+
+/// Source role: follows a container's writes for a while and sends nothing. It runs on; what it writes costs it what a
+/// few rounds of pre-copy would. Nothing is left afterwards, whatever happens.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SampleWrites {
+    /// The file that lists the processes of the container's cgroup.
+    pub cgroup_procs: String,
+    /// How long: 0.1 s to 30 s.
+    pub time: Micros,
+}
+
+/// The answer to [`SampleWrites`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WritesSampled {
+    /// How writes were tracked: `write_protect`, or `none`, and then `classes` is empty.
+    pub tracker: String,
+    /// Why not by write protection, when not.
+    pub reason: Option<String>,
+    /// All pages, by how often they are written.
+    pub classes: Vec<WriteClass>,
+}
+
+/// Pages that are written about as often as one another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WriteClass {
+    /// How many.
+    pub pages: Pages,
+    /// How often each is written, in a thousand seconds; 0 for one that was not seen written.
+    pub writes: u64,
 }
 
 /// Source role: the last round, with the container frozen. Afterwards the target holds exactly the pages that
@@ -111,6 +207,7 @@ pub struct PagesClosed {}
 
 rpc!(OpenPages, PageShipper, "open", PagesOpened);
 rpc!(StartTracking, PageShipper, "start", TrackingStarted);
+rpc!(SampleWrites, PageShipper, "sample", WritesSampled);
 rpc!(RunRound, PageShipper, "round", RoundReport);
 rpc!(FinalRound, PageShipper, "final-round", FinalReport);
 rpc!(ClosePages, PageShipper, "close", PagesClosed);

@@ -3,11 +3,11 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::checkpointer::rpc;
+use crate::checkpointer::{Network, rpc};
 use crate::id::ContainerId;
 use crate::rpc::{Rpc, Service};
 use crate::syncer::TargetRoot;
-use crate::unit::{Bytes, Micros};
+use crate::unit::{Bytes, Micros, Pages};
 
 /// Can this host take the container? Refuses with a code and a remedy. Changes nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,6 +50,27 @@ pub struct Created {
     pub roots: Vec<TargetRoot>,
 }
 
+/// Starts the container as far as it can be without its state: its root file system is mounted, its network made, and
+/// the runtime waits for [`Restore`]. Nothing of it runs or answers. The source may go on meanwhile, files included.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Prepare {
+    /// The container on the target.
+    pub container: ContainerId,
+    /// The page store (`PagesOpened::store`), not sealed yet.
+    pub store: String,
+    /// What the standard streams of its first process were at its start (`Inspected::descriptors`).
+    pub descriptors: Vec<String>,
+}
+
+/// The answer to [`Prepare`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Prepared {
+    /// What the dump must say of the network.
+    pub network: Network,
+    /// How long it took.
+    pub took: Micros,
+}
+
 /// Joins pages and images and brings the container to life. On a fault it does not run here.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Restore {
@@ -66,11 +87,13 @@ pub struct Restored {
     pub at: Micros,
     /// Joining pages and images.
     pub merge: Micros,
-    /// The engine's and the runtime's start, CRIU's restore included.
+    /// From the word to the runtime until the container ran and its address was announced, CRIU's restore included.
     pub start: Micros,
+    /// How long it had run when this was answered.
+    pub since: Micros,
 }
 
-/// Is the container running, and are its processes those that were restored?
+/// Waits until the container has all its memory. Is it running?
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verify {
     /// The container on the target.
@@ -82,6 +105,21 @@ pub struct Verify {
 pub struct Verified {
     /// Its first process on the target host.
     pub pid: i32,
+    /// How it got its memory.
+    pub filled: Filled,
+}
+
+/// How a container that ran before it had its memory got it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Filled {
+    /// From its first instruction to the last page in place.
+    pub took: Micros,
+    /// Pages that a thread waited for.
+    pub faults: Pages,
+    /// Pages put in place for those, their neighbours included.
+    pub on_demand: Pages,
+    /// Pages put in place in the background.
+    pub in_background: Pages,
 }
 
 /// After the commit: gives the container its true restart policy and removes what the migration needed.
@@ -106,6 +144,7 @@ pub struct Undone {}
 
 rpc!(Check, Restorer, "check", Checked);
 rpc!(Create, Restorer, "create", Created);
+rpc!(Prepare, Restorer, "prepare", Prepared);
 rpc!(Restore, Restorer, "restore", Restored);
 rpc!(Verify, Restorer, "verify", Verified);
 rpc!(Adopt, Restorer, "adopt", Adopted);

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::checkpointer::{MappedFile, rpc};
 use crate::rpc::{Rpc, Service};
 use crate::secret::Token;
+use crate::transfer::Rate;
 use crate::unit::{Bytes, Micros};
 
 /// Source role: puts the image into the bucket, layer by layer, what it already has excepted.
@@ -81,6 +82,9 @@ pub struct SyncFiles {
     /// Files to send whatever their times say (`Frozen::mapped_writable`).
     #[serde(default)]
     pub forced: Vec<MappedFile>,
+    /// What pages and files together may take of the link.
+    #[serde(default)]
+    pub bandwidth: Option<Rate>,
 }
 
 /// A directory or file of the container, on both hosts.

@@ -55,6 +55,13 @@ impl HostConfig {
         self.state_dir.join("migrations").join(migration.as_str())
     }
 
+    /// The directories of all migrations that this host has notes of; none when they cannot be listed.
+    #[must_use]
+    pub fn migration_dirs(&self) -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(self.state_dir.join("migrations")).into_iter().flatten();
+        entries.filter_map(|entry| Some(entry.ok()?.path())).collect()
+    }
+
     /// The directory of one migration in memory (tmpfs); not created.
     #[must_use]
     pub fn memory_dir(&self, migration: &MigrationId) -> PathBuf {

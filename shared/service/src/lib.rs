@@ -1,5 +1,7 @@
-//! What every service's process has in common: configuration, logs, connection, announcement, stopping.
+//! What every service's process has in common: configuration, logs, connection, announcement, stopping; and what
+//! several services of a host do alike: bulk sessions, notes, faults.
 
+pub mod bulk;
 pub mod config;
 pub mod failure;
 pub mod notes;

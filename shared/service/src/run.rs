@@ -112,12 +112,5 @@ pub async fn connect(url: &str, name: &str) -> Result<Nats, NatsError> {
 /// An error and its sources in one line.
 #[must_use]
 pub fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(source) = next {
-        text.push_str(": ");
-        text.push_str(&source.to_string());
-        next = source.source();
-    }
-    text
+    haulage_protocol::fault::chain(error).join(": ")
 }

@@ -57,6 +57,43 @@ pub(crate) struct UffdioWriteProtect {
     pub(crate) mode: u64,
 }
 
+#[repr(C)]
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct UffdioCopy {
+    pub(crate) dst: u64,
+    pub(crate) src: u64,
+    pub(crate) len: u64,
+    pub(crate) mode: u64,
+    /// Bytes that were copied, or a negative errno.
+    pub(crate) copy: i64,
+}
+
+#[repr(C)]
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct UffdioZeropage {
+    pub(crate) range: UffdioRange,
+    pub(crate) mode: u64,
+    /// Bytes that were mapped, or a negative errno.
+    pub(crate) zeropage: i64,
+}
+
+/// `struct uffd_msg`: an event and up to three numbers, whose meaning is the event's.
+#[repr(C)]
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct UffdMsg {
+    pub(crate) event: u8,
+    pub(crate) reserved1: u8,
+    pub(crate) reserved2: u16,
+    pub(crate) reserved3: u32,
+    pub(crate) arg: [u64; 3],
+}
+
+pub(crate) const UFFD_EVENT_PAGEFAULT: u8 = 0x12;
+pub(crate) const UFFD_EVENT_FORK: u8 = 0x13;
+pub(crate) const UFFD_EVENT_REMAP: u8 = 0x14;
+pub(crate) const UFFD_EVENT_REMOVE: u8 = 0x15;
+pub(crate) const UFFD_EVENT_UNMAP: u8 = 0x16;
+
 pub(crate) const UFFD_API: u64 = 0xAA;
 pub(crate) const UFFD_USER_MODE_ONLY: u64 = 1;
 pub(crate) const UFFD_FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
@@ -66,7 +103,9 @@ pub(crate) const UFFDIO_REGISTER_MODE_WP: u64 = 1 << 1;
 
 pub(crate) const UFFDIO_API: libc::Ioctl = iowr(0xAA, 0x3F, size_of::<UffdioApi>());
 pub(crate) const UFFDIO_REGISTER: libc::Ioctl = iowr(0xAA, 0x00, size_of::<UffdioRegister>());
-pub(crate) const UFFDIO_UNREGISTER: libc::Ioctl = ior(0xAA, 0x01, size_of::<UffdioRange>());
+pub(crate) const UFFDIO_WAKE: libc::Ioctl = ior(0xAA, 0x02, size_of::<UffdioRange>());
+pub(crate) const UFFDIO_COPY: libc::Ioctl = iowr(0xAA, 0x03, size_of::<UffdioCopy>());
+pub(crate) const UFFDIO_ZEROPAGE: libc::Ioctl = iowr(0xAA, 0x04, size_of::<UffdioZeropage>());
 pub(crate) const UFFDIO_WRITEPROTECT: libc::Ioctl = iowr(0xAA, 0x06, size_of::<UffdioWriteProtect>());
 
 const _: () = assert!(size_of::<UffdioApi>() == 24);
@@ -74,8 +113,11 @@ const _: () = assert!(size_of::<UffdioRegister>() == 32);
 const _: () = assert!(size_of::<UffdioWriteProtect>() == 24);
 const _: () = assert!(UFFDIO_API == 0xC018_AA3F);
 const _: () = assert!(UFFDIO_REGISTER == 0xC020_AA00);
-const _: () = assert!(UFFDIO_UNREGISTER == 0x8010_AA01);
 const _: () = assert!(UFFDIO_WRITEPROTECT == 0xC018_AA06);
+const _: () = assert!(size_of::<UffdMsg>() == 32);
+const _: () = assert!(UFFDIO_WAKE == 0x8010_AA02);
+const _: () = assert!(UFFDIO_COPY == 0xC028_AA03);
+const _: () = assert!(UFFDIO_ZEROPAGE == 0xC020_AA04);
 
 /// `struct page_region`: pages `start..end` (addresses) that have the same `categories`.
 #[repr(C)]

@@ -5,8 +5,10 @@
 //! | --- | --- |
 //! | [`inject`] | makes a userfaultfd in another process and takes it over |
 //! | [`uffd`] | registers memory for asynchronous write tracking |
+//! | [`lazy`] | serves the missing pages of another process through its userfaultfd |
 //! | [`pagemap`] | `PAGEMAP_SCAN`, and the plain entries of a pagemap |
 //! | [`vm_read`] | reads another process's memory |
+//! | [`pass_fd`] | descriptors over a Unix socket |
 //! | [`pidfd`] | process descriptors; whether two processes share memory |
 //! | [`freezer`] | freezes and thaws a cgroup, version 1 or 2 |
 //! | [`netns`] | runs code in another process's network namespace |
@@ -21,9 +23,11 @@ pub mod arp;
 mod error;
 pub mod freezer;
 pub mod inject;
+pub mod lazy;
 pub mod mount_ns;
 pub mod netns;
 pub mod pagemap;
+pub mod pass_fd;
 pub mod pidfd;
 pub mod process;
 mod ptrace;

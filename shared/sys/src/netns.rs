@@ -2,8 +2,9 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
 
 use rustix::thread::LinkNameSpaceType;
 
@@ -30,6 +31,35 @@ impl NetworkNamespace {
         Ok(Self(File::open(path)?.into()))
     }
 
+    /// Makes a new namespace, in which there is nothing but a thread that does nothing: whoever is told its id finds the
+    /// namespace under `/proc/<id>/ns/net`.
+    ///
+    /// # Errors
+    /// When no thread can be started or no namespace made (`CAP_SYS_ADMIN`).
+    pub fn create() -> io::Result<(Self, Occupant)> {
+        let (stay, leave) = mpsc::channel::<()>();
+        let (tell, told) = mpsc::channel();
+        std::thread::Builder::new().name("haul-netns".into()).spawn(move || {
+            // SAFETY: this changes the network namespace of the calling thread, which is ours and does nothing else.
+            let made = match unsafe { libc::unshare(libc::CLONE_NEWNET) } {
+                -1 => Err(io::Error::last_os_error()),
+                _ => Self::at(Path::new("/proc/thread-self/ns/net")),
+            };
+            // If nobody listens any more there is nobody to stay for either.
+            if tell.send(made.map(|namespace| (namespace, rustix::thread::gettid()))).is_ok() {
+                let _ = leave.recv();
+            }
+        })?;
+        let (namespace, tid) = told.recv().map_err(io::Error::other)??;
+        Ok((namespace, Occupant { tid, _stay: stay }))
+    }
+
+    /// A path under which any process with the right to can open the namespace, for as long as this exists.
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd()))
+    }
+
     /// Runs `work` inside the namespace, on a thread made for it, and returns what it returns.
     ///
     /// Sockets that `work` makes stay in the namespace wherever they are used afterwards, and `/proc/sys/net` is the
@@ -49,6 +79,21 @@ impl NetworkNamespace {
                 Err(panic) => std::panic::resume_unwind(panic),
             }
         })
+    }
+}
+
+/// A thread that is in a new namespace until this is dropped.
+#[derive(Debug)]
+pub struct Occupant {
+    tid: Pid,
+    _stay: mpsc::Sender<()>,
+}
+
+impl Occupant {
+    /// The thread's id, which `/proc` knows as it does a process's.
+    #[must_use]
+    pub fn id(&self) -> Pid {
+        self.tid
     }
 }
 
@@ -79,5 +124,18 @@ mod tests {
         assert_eq!(namespace.unwrap().run(read).unwrap(), "8\n");
         assert_eq!(read(), here);
         assert_ne!(here, "8\n");
+    }
+
+    #[test]
+    fn a_new_namespace_is_its_own_and_outlives_its_occupant() {
+        let (namespace, occupant) = NetworkNamespace::create().unwrap();
+        let link = |path: &Path| std::fs::read_link(path).unwrap();
+        let there = link(Path::new(&format!("/proc/{}/ns/net", occupant.id())));
+        assert_ne!(there, link(Path::new("/proc/self/ns/net")));
+        drop(occupant);
+        let seen = namespace.run(|| link(Path::new("/proc/thread-self/ns/net"))).unwrap();
+        assert_eq!(seen, there);
+        let again = NetworkNamespace::at(&namespace.path()).unwrap();
+        assert_eq!(again.run(|| link(Path::new("/proc/thread-self/ns/net"))).unwrap(), there);
     }
 }

@@ -1,4 +1,4 @@
-//! Facts about a process that plain files tell.
+//! Facts about a process that plain files tell, and what this process does with memory.
 
 use std::fs;
 use std::io;
@@ -20,9 +20,48 @@ pub fn oom_score_adj() -> io::Result<i16> {
     text.trim().parse().map_err(|source| io::Error::new(io::ErrorKind::InvalidData, source))
 }
 
+/// Makes this process deaf to SIGHUP, which the kernel sends to a process that stands stopped when its parent dies.
+pub fn ignore_hangup() {
+    // SAFETY: ignoring a signal installs no handler; the call cannot fail for a signal that exists.
+    unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) };
+}
+
+/// Blocks of memory from here on are always mapped on their own.
+const LARGE: i32 = 8 << 20;
+
+/// Makes the allocator keep up to `bytes` of freed memory for what is allocated next, in each of its arenas, rather than
+/// give it back at once. Who allocates and frees buffers of a MiB all the time else has the kernel clear each page of
+/// them every time. Without effect where the C library has no such choice.
+pub fn keep_freed_memory(bytes: u32) {
+    let bytes = i32::try_from(bytes).unwrap_or(i32::MAX);
+    // SAFETY: mallopt takes two numbers and may be called at any time.
+    unsafe {
+        libc::mallopt(libc::M_TRIM_THRESHOLD, bytes);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_that_was_freed_is_there_again() {
+        keep_freed_memory(32 << 20);
+        // Written once, so that the block is there; a block that was given back would read as zeros.
+        let block = vec![7_u8; 3 << 20];
+        let place = block.as_ptr() as usize;
+        drop(block);
+        let resident = || {
+            let map = std::fs::read_to_string("/proc/self/maps").unwrap();
+            map.lines().any(|line| {
+                let (start, end) = line.split(' ').next().unwrap().split_once('-').unwrap();
+                let number = |text| usize::from_str_radix(text, 16).unwrap();
+                (number(start)..number(end)).contains(&(place + (1 << 20)))
+            })
+        };
+        assert!(resident(), "it was given back");
+    }
 
     #[test]
     fn a_raised_score_reads_back() {

@@ -66,17 +66,6 @@ impl WriteTracker {
         if done == -1 { Err(CallError::last("ioctl UFFDIO_REGISTER")) } else { Ok(()) }
     }
 
-    /// Takes the registration of a range back, and its protection with it.
-    ///
-    /// # Errors
-    /// As [`Self::register`].
-    pub fn unregister(&self, start: u64, len: u64) -> Result<(), CallError> {
-        let mut arg = abi::UffdioRange { start, len };
-        // SAFETY: UFFDIO_UNREGISTER reads one `struct uffdio_range`, which `arg` is.
-        let done = unsafe { libc::ioctl(self.0.as_raw_fd(), abi::UFFDIO_UNREGISTER, &raw mut arg) };
-        if done == -1 { Err(CallError::last("ioctl UFFDIO_UNREGISTER")) } else { Ok(()) }
-    }
-
     /// Whether the memory that this descriptor acts on is still in use by some process. It is not after that process
     /// exited or called `exec`.
     ///

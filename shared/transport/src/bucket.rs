@@ -111,17 +111,6 @@ impl Bucket {
             .map_err(|source| BucketError::BadManifest { name: format!("{kind}/{id}"), source })
     }
 
-    /// Removes a manifest; its objects stay, for they may belong to others too. No error when there is none.
-    ///
-    /// # Errors
-    /// [`BucketError::BadName`], [`BucketError::Store`].
-    pub async fn remove_manifest(&self, kind: &str, id: &str) -> Result<(), BucketError> {
-        match self.store.delete(&self.manifest_key(kind, id)?).await {
-            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
-            Err(source) => Err(BucketError::store("remove a manifest")(source)),
-        }
-    }
-
     fn object_key(&self, digest: &Digest) -> Path {
         let hex = digest.to_hex();
         let shard = hex.get(..2).unwrap_or_default();

@@ -23,12 +23,14 @@ mod error;
 mod frame;
 mod hello;
 mod listener;
+mod pace;
 
 pub use connection::{BulkConnection, BulkReceiver, BulkSender};
 pub use error::StreamError;
 pub use frame::{Frame, FrameKind, HEADER_BYTES, MAX_PAYLOAD_BYTES};
 pub use hello::{Hello, SessionKey, Token, VERSION};
 pub use listener::{BulkListener, BulkSession, Refusals};
+pub use pace::Pace;
 
 #[cfg(test)]
 mod tests;

@@ -117,6 +117,20 @@ impl<T: Serialize + DeserializeOwned> Table<T> {
         Ok(())
     }
 
+    /// Removes an entry of that revision, and with it every trace that it existed. One that was written since stays.
+    ///
+    /// # Errors
+    /// [`TableError::Nats`].
+    pub async fn erase(&self, key: &str, revision: Revision) -> Result<(), TableError> {
+        // A bucket is a stream with a subject for each key, and a revision is the number of a message in it; those
+        // below a number are purged.
+        let subject = format!("{}{key}", self.store.prefix);
+        let below = revision.0.saturating_add(1);
+        let purged = self.store.stream.purge().filter(subject).sequence(below).await;
+        purged.map_err(failed("erase an entry"))?;
+        Ok(())
+    }
+
     /// Removes an entry whatever its revision.
     ///
     /// # Errors
@@ -131,12 +145,20 @@ impl<T: Serialize + DeserializeOwned> Table<T> {
     /// # Errors
     /// [`TableError::Nats`].
     pub async fn list(&self) -> Result<Vec<(String, T)>, TableError> {
+        Ok(self.revisions().await?.into_iter().map(|(key, value, _)| (key, value)).collect())
+    }
+
+    /// As [`Table::list`], with the revision of each.
+    ///
+    /// # Errors
+    /// [`TableError::Nats`].
+    pub async fn revisions(&self) -> Result<Vec<(String, T, Revision)>, TableError> {
         let keys = self.store.keys().await.map_err(failed("list entries"))?;
         let keys: Vec<String> = keys.try_collect().await.map_err(failed("list entries"))?;
         let mut entries = Vec::with_capacity(keys.len());
         for key in keys {
             match self.get(&key).await {
-                Ok(Some((value, _))) => entries.push((key, value)),
+                Ok(Some((value, revision))) => entries.push((key, value, revision)),
                 Ok(None) => {}
                 Err(error @ TableError::Malformed { .. }) => tracing::warn!(%error, "left out"),
                 Err(error) => return Err(error),

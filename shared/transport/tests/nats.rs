@@ -132,7 +132,7 @@ async fn failures_are_answered_and_tried_again_and_garbage_is_refused() {
                 match tries.fetch_add(1, Ordering::SeqCst) {
                     0 => Err(Fault::new(code::INTERNAL, "first try").remedy("again")),
                     1 => panic!("second try: a defect"),
-                    _ => Ok(Located { container: None }),
+                    _ => Ok(Located { container: None, name: None }),
                 }
             }
         })
@@ -141,7 +141,7 @@ async fn failures_are_answered_and_tried_again_and_garbage_is_refused() {
     let asked = command(1, 1, Locate { container: "web".into() });
     assert_eq!(nats.call(&host(), &asked, SILENCE).await.unwrap_err().message, "first try");
     assert_eq!(nats.call(&host(), &asked, SILENCE).await.unwrap_err().code, code::INTERNAL);
-    assert_eq!(nats.call(&host(), &asked, SILENCE).await, Ok(Located { container: None }));
+    assert_eq!(nats.call(&host(), &asked, SILENCE).await, Ok(Located { container: None, name: None }));
     // What strangers may send, on a plain connection.
     let plain = async_nats::connect(&server.url).await.unwrap();
     let subject = subject::Subject::command::<Locate>(&host()).to_string();
@@ -180,6 +180,25 @@ async fn tables_compare_and_set() {
     }
     // A bucket keeps the newest state only, so a watcher may skip older ones; it never goes back.
     assert!(watched.is_sorted(), "{watched:?}");
+}
+
+#[tokio::test]
+async fn an_entry_is_erased_without_a_trace_unless_it_was_written_since() {
+    let server = Server::start();
+    let nats = server.connect().await;
+    let table: Table<u32> = Table::open(&nats, subject::MIGRATIONS).await.unwrap();
+    let (first, other) = (table.create("k", &1).await.unwrap(), table.create("other", &7).await.unwrap());
+    let second = table.update("k", &2, first).await.unwrap();
+    table.erase("k", first).await.unwrap();
+    assert_eq!(table.get("k").await.unwrap(), Some((2, second)));
+    table.erase("k", second).await.unwrap();
+    assert_eq!(table.revisions().await.unwrap(), [("other".to_owned(), 7, other)]);
+    let stream = async_nats::jetstream::new(async_nats::connect(&server.url).await.unwrap())
+        .get_stream(format!("KV_{}", subject::MIGRATIONS))
+        .await
+        .unwrap();
+    assert_eq!(stream.cached_info().state.messages, 1, "a trace of it is left");
+    table.create("k", &3).await.expect("an erased key can be made again");
 }
 
 #[tokio::test]

@@ -61,7 +61,10 @@ fn runs(pages: &Pages) -> Vec<PageRun> {
     runs
 }
 
-/// The images of a process with one mapping of the first 256 pages after 0x1000, as CRIU would write them.
+/// From here on memory is locked and cannot come later.
+const LOCKED: u64 = 0x1000 + 200 * PAGE_SIZE;
+
+/// The images of a process with two mappings of the first 256 pages after 0x1000, as CRIU would write them.
 fn received(dir: &Path, dumped: &Pages) {
     let image = |name: &str, kind| ImageWriter::create(&dir.join(name), kind).unwrap();
     let mut inventory = image("inventory.img", ImageKind::Inventory);
@@ -72,8 +75,10 @@ fn received(dir: &Path, dumped: &Pages) {
         .unwrap();
     tree.finish().unwrap();
     let mut mm = image("mm-1.img", ImageKind::Mm);
-    let mapping = Mapping { start: 0x1000, end: 0x1000 + 256 * PAGE_SIZE, status: 1 << 9 | 1 };
-    mm.append(&AnyMm { mappings: vec![mapping] }).unwrap();
+    let free = Mapping { start: 0x1000, end: LOCKED, flags: 0x22, status: 1 << 9 | 1 };
+    let locked =
+        Mapping { start: LOCKED, end: 0x1000 + 256 * PAGE_SIZE, flags: 0x22 | 0x2000, status: 1 << 9 | 1 };
+    mm.append(&AnyMm { mappings: vec![free, locked] }).unwrap();
     mm.finish().unwrap();
     let mut map = PagemapWriter::new(image("pagemap-1.img", ImageKind::Pagemap), PAGES_ID).unwrap();
     for run in runs(dumped) {
@@ -91,9 +96,14 @@ fn read_back(dir: &Path) -> BTreeMap<u64, (u8, Laziness)> {
     let mut pages = BTreeMap::new();
     while let Some((run, laziness)) = map.next_run().unwrap() {
         for page in 0..run.pages {
+            let address = run.start + page * PAGE_SIZE;
+            if laziness == Laziness::Elsewhere {
+                pages.insert(address, (0, laziness));
+                continue;
+            }
             let content = content.next().unwrap();
             assert!(content.iter().all(|byte| *byte == content[0]));
-            pages.insert(run.start + page * PAGE_SIZE, (content[0], laziness));
+            pages.insert(address, (content[0], laziness));
         }
     }
     assert!(content.next().is_none(), "content without an entry");
@@ -124,14 +134,33 @@ proptest! {
         // Twice: an assembly that was cut off is begun again.
         for _ in 0..2 {
             let assembly = Assembly::begin(from.path(), &out).unwrap();
-            let merged = assembly.add_pages(PID, &mut Stored::new(&stored)).unwrap();
-            prop_assert_eq!(merged, Merged { dumped: dumped.len() as u64, stored: stored.len() as u64 });
+            let merged = assembly.add_pages(PID, &mut Stored::new(&stored), Fill::AtRestore).unwrap();
+            prop_assert_eq!(merged, Merged { dumped: dumped.len() as u64, stored: stored.len() as u64, later: 0 });
         }
         let mut expected = BTreeMap::new();
         expected.extend(dumped.iter().map(|(address, byte)| (*address, (*byte, Laziness::Eager))));
         expected.extend(stored.iter().map(|(address, byte)| (*address, (*byte, Laziness::Lazy))));
         prop_assert_eq!(read_back(&out), expected);
         prop_assert_eq!(read_back(from.path()), before, "the received images were touched");
+    }
+
+    #[test]
+    fn what_is_served_later_is_named_and_not_copied(pages in prop::collection::vec(any::<Option<(bool, u8)>>(), 0..256)) {
+        let (from, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let out = out.path().join("complete");
+        let (dumped, stored) = sides(&pages);
+        received(from.path(), &dumped);
+        let assembly = Assembly::begin(from.path(), &out).unwrap();
+        let merged = assembly.add_pages(PID, &mut Stored::new(&stored), Fill::Later).unwrap();
+        let later = stored.keys().filter(|address| **address < LOCKED).count() as u64;
+        prop_assert_eq!(merged, Merged { dumped: dumped.len() as u64, stored: stored.len() as u64, later });
+        let mut expected = BTreeMap::new();
+        expected.extend(dumped.iter().map(|(address, byte)| (*address, (*byte, Laziness::Eager))));
+        expected.extend(stored.iter().map(|(address, byte)| match *address < LOCKED {
+            true => (*address, (0, Laziness::Elsewhere)),
+            false => (*address, (*byte, Laziness::Eager)),
+        }));
+        prop_assert_eq!(read_back(&out), expected);
     }
 
     #[test]
@@ -146,7 +175,7 @@ proptest! {
         stored.insert(address, 2);
         received(from.path(), &dumped);
         let assembly = Assembly::begin(from.path(), &out.path().join("complete")).unwrap();
-        let error = assembly.add_pages(PID, &mut Stored::new(&stored)).unwrap_err();
+        let error = assembly.add_pages(PID, &mut Stored::new(&stored), Fill::AtRestore).unwrap_err();
         prop_assert!(matches!(error, MergeError::Overlap { .. }), "{}", error);
     }
 }
@@ -160,7 +189,7 @@ fn stored_pages_must_be_wanted_and_in_order() {
         let pages =
             runs.iter().flat_map(|run| (0..run.pages).map(|n| (run.start + n * PAGE_SIZE, 1))).collect();
         let mut source = Stored { runs: runs.into_iter(), pages };
-        Assembly::begin(from.path(), &out).unwrap().add_pages(PID, &mut source)
+        Assembly::begin(from.path(), &out).unwrap().add_pages(PID, &mut source, Fill::AtRestore)
     };
     let run = |start, pages| PageRun::new(start, pages).unwrap();
     assert!(add(vec![run(0x1000, 256)]).is_ok());
@@ -171,7 +200,10 @@ fn stored_pages_must_be_wanted_and_in_order() {
     assert!(matches!(add(vec![run(0, 1)]), Err(MergeError::Unmapped { address: 0, .. })));
     assert!(matches!(add(vec![run(0x2000, 1), run(0x1000, 1)]), Err(MergeError::Order { .. })));
     let assembly = Assembly::begin(from.path(), &out).unwrap();
-    assert!(matches!(assembly.add_pages(9, &mut Stored::new(&Pages::new())), Err(MergeError::NoProcess(9))));
+    assert!(matches!(
+        assembly.add_pages(9, &mut Stored::new(&Pages::new()), Fill::AtRestore),
+        Err(MergeError::NoProcess(9))
+    ));
 }
 
 #[test]
@@ -182,7 +214,7 @@ fn a_truncated_pages_image_is_refused() {
     pages.set_len(PAGE_SIZE + 1).unwrap();
     let assembly = Assembly::begin(from.path(), &out.path().join("complete")).unwrap();
     assert!(matches!(
-        assembly.add_pages(PID, &mut Stored::new(&Pages::new())),
+        assembly.add_pages(PID, &mut Stored::new(&Pages::new()), Fill::AtRestore),
         Err(MergeError::Image(ImageError::Io { .. }))
     ));
     let mut cut = fs::read(from.path().join("pagemap-1.img")).unwrap();

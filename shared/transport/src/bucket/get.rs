@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures_util::stream::BoxStream;
 use futures_util::{Stream, StreamExt, TryStreamExt, stream};
 use object_store::ObjectStoreExt;
@@ -19,22 +19,21 @@ struct Reading {
 }
 
 impl Bucket {
-    /// The object's size, and its bytes as they come. The stream's last item is
+    /// The object's bytes as they come. The stream's last item is
     /// [`BucketError::DigestMismatch`] when they were not what the digest says: only a stream that ended without
     /// an error has given the object, and what it yielded is not to be used before.
     ///
     /// # Errors
     /// [`BucketError::Missing`], [`BucketError::Store`]; the stream's items likewise.
-    pub async fn get_stream(
+    async fn get_stream(
         &self,
         digest: Digest,
-    ) -> Result<(u64, impl Stream<Item = Result<Bytes, BucketError>> + Send + use<>), BucketError> {
+    ) -> Result<impl Stream<Item = Result<Bytes, BucketError>> + Send + use<>, BucketError> {
         let object = match self.store.get(&self.object_key(&digest)).await {
             Ok(object) => object,
             Err(object_store::Error::NotFound { .. }) => return Err(BucketError::Missing { digest }),
             Err(source) => return Err(BucketError::store("get an object")(source)),
         };
-        let size = object.meta.size;
         let reading = Reading { rest: object.into_stream(), digester: Digester::default() };
         let verified = stream::try_unfold(Some(reading), move |reading| async move {
             let Some(mut reading) = reading else { return Ok(None) };
@@ -49,24 +48,7 @@ impl Bucket {
                 },
             }
         });
-        Ok((size, verified))
-    }
-
-    /// A small object, whole and verified.
-    ///
-    /// # Errors
-    /// [`BucketError::TooLarge`] over `limit` bytes; else as [`get_stream`](Self::get_stream).
-    pub async fn get_bytes(&self, digest: Digest, limit: u64) -> Result<Bytes, BucketError> {
-        let (size, stream) = self.get_stream(digest).await?;
-        if size > limit {
-            return Err(BucketError::TooLarge { size, limit });
-        }
-        let mut stream = std::pin::pin!(stream);
-        let mut all = BytesMut::with_capacity(size as usize);
-        while let Some(bytes) = stream.next().await.transpose()? {
-            all.extend_from_slice(&bytes);
-        }
-        Ok(all.freeze())
+        Ok(verified)
     }
 
     /// Writes an object to `path`, where it appears only when it is whole and verified; a file that was there
@@ -93,7 +75,7 @@ impl Bucket {
     }
 
     async fn write_part(&self, digest: Digest, part: &Path) -> Result<u64, BucketError> {
-        let (_, stream) = self.get_stream(digest).await?;
+        let stream = self.get_stream(digest).await?;
         let mut stream = std::pin::pin!(stream);
         let mut file =
             File::create_new(part).await.map_err(BucketError::local("create a file from the bucket"))?;

@@ -1,12 +1,8 @@
 //! Into the bucket.
 
-use std::path::Path;
-
-use bytes::{Bytes, BytesMut};
-use futures_util::{Stream, StreamExt, TryStreamExt, stream};
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt, TryStreamExt};
 use object_store::{ObjectStoreExt, PutPayload, WriteMultipart};
-use tokio::fs::File;
-use tokio::io::AsyncReadExt;
 
 use super::digest::{Digest, Digester};
 use super::{Bucket, BucketError};
@@ -17,8 +13,6 @@ const PART_BYTES: usize = 8 << 20;
 
 /// Parts on their way at once: with the one being filled, at most 32 MiB are held in memory.
 const PARTS_AT_ONCE: usize = 3;
-
-const READ_BYTES: usize = 1 << 20;
 
 /// What a put did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,27 +26,6 @@ pub struct Stored {
 }
 
 impl Bucket {
-    /// Puts these bytes under their digest, unless they are there.
-    ///
-    /// # Errors
-    /// [`BucketError::Store`].
-    pub async fn put_bytes(&self, bytes: Bytes) -> Result<Stored, BucketError> {
-        let digest = Digest::of(&bytes);
-        let size = bytes.len() as u64;
-        self.put_stream(digest, size, stream::iter([Ok(bytes)])).await
-    }
-
-    /// Puts a file under its digest, unless it is there. The file is read once for the digest and once more for
-    /// sending; a file that changes in between is [`BucketError::DigestMismatch`].
-    ///
-    /// # Errors
-    /// [`BucketError::Local`] when the file cannot be read; else as [`put_stream`](Self::put_stream).
-    pub async fn put_file(&self, path: &Path) -> Result<Stored, BucketError> {
-        let (digest, size) = digest_of(path).await?;
-        let file = File::open(path).await.map_err(BucketError::local("open a file for the bucket"))?;
-        self.put_stream(digest, size, chunks(file)).await
-    }
-
     /// Puts what `content` yields under `digest`, which it must have, unless an object of that digest and `size`
     /// is there; then `content` is dropped unread.
     ///
@@ -137,26 +110,4 @@ async fn send_parts(
 fn expect(expected: Digest, digester: Digester) -> Result<(), BucketError> {
     let actual = digester.finish();
     if actual == expected { Ok(()) } else { Err(BucketError::DigestMismatch { expected, actual }) }
-}
-
-async fn digest_of(path: &Path) -> Result<(Digest, u64), BucketError> {
-    let file = File::open(path).await.map_err(BucketError::local("open a file for the bucket"))?;
-    let mut chunks = std::pin::pin!(chunks(file));
-    let mut digester = Digester::default();
-    let mut size = 0;
-    while let Some(bytes) =
-        chunks.try_next().await.map_err(BucketError::local("read a file for the bucket"))?
-    {
-        digester.update(&bytes);
-        size += bytes.len() as u64;
-    }
-    Ok((digester.finish(), size))
-}
-
-fn chunks(file: File) -> impl Stream<Item = std::io::Result<Bytes>> + Send {
-    stream::try_unfold(file, |mut file| async move {
-        let mut chunk = BytesMut::with_capacity(READ_BYTES);
-        let read = file.read_buf(&mut chunk).await?;
-        Ok((read > 0).then(|| (chunk.freeze(), file)))
-    })
 }

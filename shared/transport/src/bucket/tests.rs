@@ -32,6 +32,20 @@ impl Fixture {
         self.root().join("sha256").join(&hex[..2]).join(&hex)
     }
 
+    async fn put(&self, bytes: &Bytes) -> Stored {
+        let digest = Digest::of(bytes);
+        self.bucket.put_stream(digest, bytes.len() as u64, pieces(bytes)).await.unwrap()
+    }
+
+    async fn get(&self, digest: Digest) -> Result<Vec<u8>, BucketError> {
+        let path = self.dir.path().join("got");
+        let size = self.bucket.get_to_file(digest, &path).await?;
+        let bytes = std::fs::read(&path).unwrap();
+        std::fs::remove_file(path).unwrap();
+        assert_eq!(bytes.len() as u64, size);
+        Ok(bytes)
+    }
+
     /// Every file below the bucket, half-written ones included.
     fn files(&self) -> usize {
         fn count(dir: &Path) -> usize {
@@ -65,29 +79,14 @@ fn pieces(bytes: &Bytes) -> impl futures_util::Stream<Item = std::io::Result<Byt
 async fn small_and_large_objects_come_back_and_are_sent_once() {
     let f = fixture();
     for bytes in [Bytes::new(), noise(1000), noise(LARGE)] {
-        let first = f.bucket.put_bytes(bytes.clone()).await.unwrap();
+        let first = f.put(&bytes).await;
         assert_eq!((first.size, first.sent), (bytes.len() as u64, true));
         assert!(f.file_of(&first.digest).exists());
-        let again = f.bucket.put_bytes(bytes.clone()).await.unwrap();
+        let again = f.put(&bytes).await;
         assert!(!again.sent);
-        assert_eq!(f.bucket.get_bytes(first.digest, u64::MAX).await.unwrap(), bytes);
+        assert_eq!(f.get(first.digest).await.unwrap(), bytes);
         assert_eq!(f.bucket.size_of(&first.digest).await.unwrap(), Some(bytes.len() as u64));
     }
-}
-
-#[tokio::test]
-async fn a_file_goes_in_and_comes_out() {
-    let f = fixture();
-    let source = f.dir.path().join("source");
-    let bytes = noise(LARGE);
-    std::fs::write(&source, &bytes).unwrap();
-    let stored = f.bucket.put_file(&source).await.unwrap();
-    assert_eq!(stored, Stored { digest: Digest::of(&bytes), size: LARGE as u64, sent: true });
-
-    let target = f.dir.path().join("target");
-    assert_eq!(f.bucket.get_to_file(stored.digest, &target).await.unwrap(), LARGE as u64);
-    assert_eq!(std::fs::read(&target).unwrap(), bytes);
-    assert_eq!(std::fs::read_dir(f.dir.path()).unwrap().count(), 3, "source, target and the bucket only");
 }
 
 #[tokio::test]
@@ -117,15 +116,10 @@ async fn a_source_that_fails_leaves_nothing() {
 async fn a_damaged_object_is_noticed_and_not_used() {
     let f = fixture();
     for bytes in [noise(1000), noise(LARGE)] {
-        let digest = f.bucket.put_bytes(bytes.clone()).await.unwrap().digest;
+        let digest = f.put(&bytes).await.digest;
         let mut damaged = bytes.to_vec();
         *damaged.last_mut().unwrap() ^= 1;
         std::fs::write(f.file_of(&digest), &damaged).unwrap();
-
-        let (_, stream) = f.bucket.get_stream(digest).await.unwrap();
-        let items: Vec<_> = stream.collect().await;
-        assert!(matches!(items.last().unwrap(), Err(BucketError::DigestMismatch { .. })));
-        assert_eq!(f.bucket.get_bytes(digest, u64::MAX).await.unwrap_err().code(), "digest_mismatch");
 
         let target = f.dir.path().join("target");
         assert_eq!(f.bucket.get_to_file(digest, &target).await.unwrap_err().code(), "digest_mismatch");
@@ -138,20 +132,18 @@ async fn a_damaged_object_is_noticed_and_not_used() {
 async fn an_object_of_the_wrong_size_is_put_again() {
     let f = fixture();
     let bytes = noise(5000);
-    let digest = f.bucket.put_bytes(bytes.clone()).await.unwrap().digest;
+    let digest = f.put(&bytes).await.digest;
     std::fs::write(f.file_of(&digest), &bytes[..100]).unwrap();
-    assert!(f.bucket.put_bytes(bytes.clone()).await.unwrap().sent);
-    assert_eq!(f.bucket.get_bytes(digest, 5000).await.unwrap(), bytes);
+    assert!(f.put(&bytes).await.sent);
+    assert_eq!(f.get(digest).await.unwrap(), bytes);
 }
 
 #[tokio::test]
-async fn what_is_missing_or_too_large_is_said() {
+async fn what_is_missing_is_said() {
     let f = fixture();
     let digest = Digest::of(b"never put");
-    assert_eq!(f.bucket.get_bytes(digest, 10).await.unwrap_err().code(), "object_missing");
+    assert_eq!(f.get(digest).await.unwrap_err().code(), "object_missing");
     assert_eq!(f.bucket.size_of(&digest).await.unwrap(), None);
-    let digest = f.bucket.put_bytes(noise(11)).await.unwrap().digest;
-    assert_eq!(f.bucket.get_bytes(digest, 10).await.unwrap_err().code(), "object_too_large");
 }
 
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
@@ -160,7 +152,7 @@ struct Image {
 }
 
 #[tokio::test]
-async fn manifests_are_named_replaced_and_removed() {
+async fn manifests_are_named_and_replaced() {
     let f = fixture();
     let id = "a".repeat(64);
     assert_eq!(f.bucket.manifest::<Image>("image", &id).await.unwrap(), None);
@@ -172,9 +164,6 @@ async fn manifests_are_named_replaced_and_removed() {
     }
     std::fs::write(f.root().join("manifest/image").join(format!("{id}.json")), "{").unwrap();
     assert_eq!(f.bucket.manifest::<Image>("image", &id).await.unwrap_err().code(), "bad_manifest");
-    f.bucket.remove_manifest("image", &id).await.unwrap();
-    f.bucket.remove_manifest("image", &id).await.unwrap();
-    assert_eq!(f.bucket.manifest::<Image>("image", &id).await.unwrap(), None);
     for bad in ["", "..", "a/b", ".hidden", "sha256:00", &"x".repeat(129)] {
         assert_eq!(f.bucket.manifest::<Image>("image", bad).await.unwrap_err().code(), "bad_object_name");
     }

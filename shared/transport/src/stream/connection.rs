@@ -1,6 +1,7 @@
 //! One bulk connection: frames out, frames in, an orderly end.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -13,6 +14,7 @@ use tokio::time::timeout;
 use super::error::StreamError;
 use super::frame::{Frame, FrameKind, HEADER_BYTES, Header, MAX_PAYLOAD_BYTES};
 use super::hello::{Hello, MAX_HANDSHAKE_BYTES, Refusal, SessionKey};
+use super::pace::Pace;
 
 /// How long connecting and being greeted may take.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
@@ -38,6 +40,7 @@ pub struct BulkConnection {
 pub struct BulkSender {
     socket: BufWriter<OwnedWriteHalf>,
     bytes: u64,
+    pace: Option<Arc<Pace>>,
 }
 
 /// The receiving half of a [`BulkConnection`].
@@ -149,6 +152,11 @@ impl BulkConnection {
         }
     }
 
+    /// From now on, sends no faster than `pace` allows.
+    pub fn keep_pace(&mut self, pace: Arc<Pace>) {
+        self.sender.pace = Some(pace);
+    }
+
     /// Bytes sent so far as the wire carries them, headers and greeting included, TCP's own excluded.
     pub fn sent_bytes(&self) -> u64 {
         self.sender.sent_bytes()
@@ -223,9 +231,18 @@ impl BulkSender {
         payload: &[u8],
     ) -> Result<(), StreamError> {
         let header = Header::of(kind, flags, payload)?.encode();
-        self.socket.write_all(&header).await.map_err(|e| StreamError::io("send", e))?;
-        self.socket.write_all(payload).await.map_err(|e| StreamError::io("send", e))?;
+        self.write_paced(&header).await.map_err(|e| StreamError::io("send", e))?;
+        self.write_paced(payload).await.map_err(|e| StreamError::io("send", e))?;
         self.bytes += (HEADER_BYTES + payload.len()) as u64;
+        Ok(())
+    }
+
+    async fn write_paced(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        let Some(pace) = &self.pace else { return self.socket.write_all(bytes).await };
+        for piece in bytes.chunks(pace.piece()) {
+            pace.take(piece.len()).await?;
+            self.socket.write_all(piece).await?;
+        }
         Ok(())
     }
 
@@ -293,7 +310,7 @@ pub(super) fn halves(socket: TcpStream) -> Result<(BulkReceiver, BulkSender), St
     let (read, write) = socket.into_split();
     Ok((
         BulkReceiver { socket: BufReader::with_capacity(BUFFER_BYTES, read), bytes: 0, ended: false },
-        BulkSender { socket: BufWriter::with_capacity(BUFFER_BYTES, write), bytes: 0 },
+        BulkSender { socket: BufWriter::with_capacity(BUFFER_BYTES, write), bytes: 0, pace: None },
     ))
 }
 

@@ -1,0 +1,170 @@
+//! The container's root file system, mounted anew: its writable layer was still written to beneath the engine's mount,
+//! and an overlay may keep what it saw before (`Documentation/filesystems/overlayfs.rst`, "Changes to underlying
+//! filesystems").
+
+use std::ffi::{CString, OsString};
+use std::fs;
+use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
+/// An overlay, as `/proc/self/mountinfo` tells of it.
+#[derive(Debug, PartialEq)]
+struct Overlay {
+    source: Vec<u8>,
+    flags: Vec<String>,
+    options: Vec<u8>,
+}
+
+/// Unmounts the overlay at `root` and mounts it again as it was. What is no overlay stays as it is.
+///
+/// # Errors
+/// When it is in use, or cannot be mounted again: then nothing is mounted there.
+pub(crate) fn renew(root: &Path) -> io::Result<()> {
+    let table = fs::read("/proc/self/mountinfo")?;
+    let Some(overlay) = find(&table, root) else { return Ok(()) };
+    let flags = overlay.flags()?;
+    let options = CString::new(overlay.options.clone())?;
+    // Docker gives many layers by paths relative to the directory of all layers, two above the mount.
+    if overlay.is_relative()
+        && let Some(layers) = root.parent().and_then(Path::parent)
+    {
+        std::env::set_current_dir(layers)?;
+    }
+    unmount(root, UnmountFlags::NOFOLLOW)?;
+    Ok(mount(overlay.source.as_slice(), root, "overlay", flags, options.as_c_str())?)
+}
+
+impl Overlay {
+    fn flags(&self) -> io::Result<MountFlags> {
+        self.flags.iter().try_fold(MountFlags::empty(), |flags, name| {
+            Ok(flags
+                | match name.as_str() {
+                    "rw" | "relatime" => MountFlags::empty(),
+                    "ro" => MountFlags::RDONLY,
+                    "nosuid" => MountFlags::NOSUID,
+                    "nodev" => MountFlags::NODEV,
+                    "noexec" => MountFlags::NOEXEC,
+                    "noatime" => MountFlags::NOATIME,
+                    "nodiratime" => MountFlags::NODIRATIME,
+                    other => return Err(io::Error::other(format!("the root is mounted with {other}"))),
+                })
+        })
+    }
+
+    fn is_relative(&self) -> bool {
+        let mut options = self.options.split(|byte| *byte == b',');
+        options.any(|option| option.strip_prefix(b"lowerdir=").is_some_and(|dirs| !dirs.starts_with(b"/")))
+    }
+}
+
+/// The topmost overlay that is mounted at `root`.
+fn find(table: &[u8], root: &Path) -> Option<Overlay> {
+    table.split(|byte| *byte == b'\n').rev().find_map(|line| overlay_at(line, root))
+}
+
+/// Fields as in proc_pid_mountinfo(5): after the mount point and its options come optional fields, then a dash, the
+/// type, the source and the options of the file system.
+fn overlay_at(line: &[u8], root: &Path) -> Option<Overlay> {
+    let mut fields = line.split(|byte| *byte == b' ');
+    if unescape(fields.nth(4)?) != root.as_os_str().as_bytes() {
+        return None;
+    }
+    let flags = String::from_utf8(fields.next()?.to_vec()).ok()?;
+    let mut rest = fields.skip_while(|field| *field != b"-").skip(1);
+    if rest.next()? != b"overlay" {
+        return None;
+    }
+    let (source, options) = (unescape(rest.next()?), unescape(rest.next()?));
+    let flags = flags.split(',').map(ToOwned::to_owned).collect();
+    Some(Overlay { source, flags, options: without_read_only(&options) })
+}
+
+/// `rw` and `ro` among them say what the flags say.
+fn without_read_only(options: &[u8]) -> Vec<u8> {
+    let kept: Vec<&[u8]> =
+        options.split(|byte| *byte == b',').filter(|option| *option != b"rw" && *option != b"ro").collect();
+    kept.join(&b","[..])
+}
+
+/// The kernel writes space, tab, newline and backslash as three octal digits.
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((byte, after)) = rest.split_first() {
+        let escaped =
+            after.get(..3).filter(|_| *byte == b'\\').and_then(|digits| std::str::from_utf8(digits).ok());
+        match escaped.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(value) => {
+                out.push(value);
+                rest = after.get(3..).unwrap_or_default();
+            }
+            None => {
+                out.push(*byte);
+                rest = after;
+            }
+        }
+    }
+    out
+}
+
+/// The root of the container whose bundle is in `bundle`.
+///
+/// # Errors
+/// When the bundle cannot be read, or names none.
+pub(crate) fn of(bundle: &Path) -> io::Result<PathBuf> {
+    let config: serde_json::Value = serde_json::from_slice(&fs::read(bundle.join("config.json"))?)?;
+    let path = config.pointer("/root/path").and_then(serde_json::Value::as_str);
+    let path = path.ok_or_else(|| io::Error::other("the bundle names no root"))?;
+    Ok(PathBuf::from(OsString::from_vec(bundle.join(path).into_os_string().into_vec())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_overlay_is_found_among_other_mounts() {
+        let table = b"29 1 0:25 / /run rw - tmpfs tmpfs rw\n\
+            700 29 0:55 / /var/lib/my\\040docker/merged rw,relatime shared:3 - overlay overlay rw,lowerdir=l/A:l/B,upperdir=/u\\040p,workdir=/w\n\
+            701 29 0:56 / /other rw - ext4 /dev/vda rw\n";
+        let found = find(table, Path::new("/var/lib/my docker/merged")).unwrap();
+        assert_eq!(found.options, b"lowerdir=l/A:l/B,upperdir=/u p,workdir=/w");
+        assert!(found.is_relative());
+        assert!(found.flags().unwrap().is_empty());
+        assert_eq!(find(table, Path::new("/other")), None);
+        assert_eq!(find(table, Path::new("/none")), None);
+    }
+
+    #[test]
+    fn what_was_changed_beneath_is_seen_after_the_renewal() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let part = |name: &str| {
+            let path = dir.path().join(name);
+            fs::create_dir(&path).unwrap();
+            path
+        };
+        let (lower, upper, work, merged) = (part("lower"), part("upper"), part("work"), part("merged"));
+        fs::write(lower.join("kept"), "lower").unwrap();
+        let options =
+            format!("lowerdir={},upperdir={},workdir={}", lower.display(), upper.display(), work.display());
+        let options = CString::new(options).unwrap();
+        mount("overlay", &merged, "overlay", MountFlags::NOSUID, options.as_c_str()).unwrap();
+        // The overlay has seen what is there and what is not.
+        assert!(fs::metadata(merged.join("late")).is_err());
+        assert_eq!(fs::read_dir(&merged).unwrap().count(), 1);
+        fs::write(upper.join("late"), "upper").unwrap();
+        fs::write(upper.join("kept"), "upper").unwrap();
+        renew(&merged).unwrap();
+        let read = |name: &str| fs::read_to_string(merged.join(name)).unwrap();
+        let seen = (read("late"), read("kept"), fs::read_dir(&merged).unwrap().count());
+        let table = fs::read("/proc/self/mountinfo").unwrap();
+        let flags = find(&table, &merged).unwrap().flags().unwrap();
+        unmount(&merged, UnmountFlags::empty()).unwrap();
+        assert_eq!(seen, ("upper".to_owned(), "upper".to_owned(), 2));
+        assert_eq!(flags, MountFlags::NOSUID);
+        renew(&merged).unwrap();
+    }
+}

@@ -1,0 +1,179 @@
+use super::*;
+use haulage_protocol::id::Round;
+use haulage_protocol::unit::Bytes;
+use proptest::prelude::*;
+
+/// A round at 10,000 pages a second.
+fn round(n: u32, sent: u64, left: u64) -> RoundReport {
+    RoundReport {
+        round: Round(n),
+        dirty: Pages(sent),
+        sent: Pages(sent),
+        zero: Pages(0),
+        withheld: Pages(0),
+        left: Some(Pages(left)),
+        wire: Bytes(sent * 4096),
+        scan: Micros(10),
+        took: Micros(sent * 100),
+        encoding: Default::default(),
+    }
+}
+
+fn with(policy: &str) -> Options {
+    Options { policy: policy.parse().unwrap(), ..Options::default() }
+}
+
+const NO_TIME: Micros = Micros(0);
+
+#[test]
+fn the_downtime_is_predicted_from_what_is_left_and_the_measured_rate() {
+    let rounds = [round(0, 65536, 2000), round(1, 2000, 500)];
+    assert_eq!(
+        forecast(&rounds),
+        Forecast { left: Pages(500), rate: Some(Pages(10_000)), downtime: FIXED + Micros(50_000) }
+    );
+    // A round of no account does not change the rate.
+    let slow = RoundReport { took: Micros(1_000_000), ..round(2, 10, 500) };
+    assert_eq!(forecast(&[round(0, 65536, 2000), slow]).rate, Some(Pages(10_000)));
+    assert_eq!(forecast(&[]).rate, None);
+    assert_eq!(allowance(&rounds, &with("adaptive")), Pages(500));
+}
+
+#[test]
+fn freezes_when_what_is_left_fits_and_not_before() {
+    for policy in ["all", "history", "adaptive"] {
+        let rounds = [round(0, 65536, 500)];
+        assert_eq!(decide(&rounds, &[], &with(policy), NO_TIME), Decision::Freeze(Why::Fits), "{policy}");
+        // Prepared, it is worth one more round.
+        assert_eq!(settle(&rounds, 1, &[], &with(policy), NO_TIME), Decision::Again, "{policy}");
+        let rounds = [round(0, 65536, 500), round(1, 500, 300)];
+        assert_eq!(settle(&rounds, 1, &[], &with(policy), NO_TIME), Decision::Freeze(Why::Fits), "{policy}");
+        let rounds = [round(0, 65536, 5001)];
+        assert_eq!(decide(&rounds, &[], &with(policy), NO_TIME), Decision::Again, "{policy}");
+        assert_eq!(settle(&rounds, 1, &[], &with(policy), NO_TIME), Decision::Again, "{policy}");
+    }
+}
+
+#[test]
+fn goes_on_while_it_shrinks_and_freezes_when_it_does_not() {
+    let shrinking: Vec<_> = (0..20).map(|n| round(n, 1000, 100_000 - u64::from(n) * 3000)).collect();
+    let flat: Vec<_> = (0..20).map(|n| round(n, 1000, 50_000)).collect();
+    for policy in ["all", "history", "adaptive"] {
+        assert_eq!(decide(&shrinking, &[], &with(policy), NO_TIME), Decision::Again, "{policy}");
+        assert_eq!(decide(&flat, &[], &with(policy), NO_TIME), Decision::Freeze(Why::Stalled), "{policy}");
+    }
+    // A single round that leaves more is forgiven.
+    let rounds = [round(0, 1000, 60_000), round(1, 1000, 61_000)];
+    assert_eq!(decide(&rounds, &[], &with("all"), NO_TIME), Decision::Again);
+}
+
+#[test]
+fn a_deadline_refuses_only_a_downtime_that_was_asked_for() {
+    let flat: Vec<_> = (0..20).map(|n| round(n, 1000, 50_000)).collect();
+    let best = Options { deadline_ms: Some(10_000), ..with("adaptive") };
+    let strict = Options { max_downtime_ms: Some(150), ..best.clone() };
+    let (before, after) = (Micros(9_999_999), Micros(10_000_000));
+    assert_eq!(decide(&flat, &[], &strict, before), Decision::Again);
+    assert_eq!(decide(&flat, &[], &strict, after), Decision::Refuse(Why::Deadline));
+    assert_eq!(settle(&flat, 20, &[], &strict, before), Decision::Again);
+    assert_eq!(settle(&flat, 20, &[], &strict, after), Decision::Refuse(Why::Deadline));
+    assert_eq!(decide(&flat, &[], &best, before), Decision::Freeze(Why::Stalled));
+    assert_eq!(decide(&flat[..2], &[], &best, after), Decision::Freeze(Why::Deadline));
+    let fits = [round(0, 1000, 10)];
+    assert_eq!(decide(&fits, &[], &strict, after), Decision::Freeze(Why::Fits));
+    let no_deadline = Options { deadline_ms: None, ..strict };
+    assert_eq!(decide(&flat, &[], &no_deadline, after), Decision::Freeze(Why::Stalled));
+}
+
+#[test]
+fn what_stalls_is_slowed_down_in_steps_and_each_gets_its_chance() {
+    let options = Options { auto_converge: true, ..with("all") };
+    let flat = |steps: usize| vec![round(0, 1000, 50_000); 3 * steps];
+    let mut slowdowns = Vec::new();
+    for (n, keep) in KEEPS.into_iter().enumerate() {
+        let rounds = flat(n + 1);
+        assert_eq!(decide(&rounds, &slowdowns, &options, NO_TIME), Decision::SlowDown(keep));
+        slowdowns.push(Slowdown { after: rounds.len(), keep });
+        assert_eq!(decide(&rounds, &slowdowns, &options, NO_TIME), Decision::Again);
+    }
+    let rounds = flat(KEEPS.len() + 1);
+    assert_eq!(decide(&rounds, &slowdowns, &options, NO_TIME), Decision::Freeze(Why::Stalled));
+    assert_eq!(decide(&rounds, &[], &with("all"), NO_TIME), Decision::Freeze(Why::Stalled));
+}
+
+#[test]
+fn a_downtime_below_the_fixed_cost_is_neither_waited_for_nor_throttled_for() {
+    let rounds: Vec<_> = (0..5).map(|n| round(n, 100, 1)).collect();
+    let below = Options {
+        auto_converge: true,
+        max_downtime_ms: Some(1),
+        deadline_ms: Some(60_000),
+        ..with("adaptive")
+    };
+    assert_eq!(decide(&rounds, &[], &below, NO_TIME), Decision::Refuse(Why::Stalled));
+    let lenient = Options { deadline_ms: None, ..below };
+    assert_eq!(decide(&rounds, &[], &lenient, NO_TIME), Decision::Freeze(Why::Stalled));
+}
+
+#[test]
+fn a_round_a_second_is_enough_for_what_gets_nowhere() {
+    let flat = [round(0, 1000, 50_000), round(1, 1000, 50_000)];
+    assert_eq!(pause(&flat, LONG), Micros(0));
+    assert_eq!(pause(&flat, Micros(LONG.0 + 1)), Micros(900_000));
+    assert_eq!(pause(&flat, Micros(640_000_000)), Micros(9_900_000));
+    assert_eq!(pause(&[round(0, 1000, 50_000), round(1, 1000, 40_000)], Micros(640_000_000)), Micros(0));
+}
+
+#[test]
+fn phaul_stops_by_its_own_rule() {
+    let goes_on = |dirty: &[u64]| {
+        let rounds: Vec<_> = dirty.iter().zip(0..).map(|(dirty, n)| round(n, *dirty, 1 << 30)).collect();
+        decide(&rounds, &[], &with("phaul"), NO_TIME) == Decision::Again
+    };
+    assert!(goes_on(&[65]) && !goes_on(&[64]));
+    assert!(goes_on(&[1000, 1109]) && !goes_on(&[1000, 1110]));
+    assert!(goes_on(&[1000; 8]) && !goes_on(&[1000; 9]));
+    assert!(!goes_on(&[1000, 500, 64]));
+}
+
+proptest! {
+    #[test]
+    fn pre_copy_always_ends(
+        rounds in proptest::collection::vec((0u64..1 << 30, 0u64..1 << 30, any::<bool>()), 101..140),
+        policy in prop_oneof![Just("all"), Just("phaul"), Just("history:3,2"), Just("adaptive")],
+        max_rounds in proptest::option::of(0u32..20), deadline_ms in proptest::option::of(0u64..100_000),
+        max_downtime_ms in proptest::option::of(0u64..1000),
+    ) {
+        let options = Options { max_rounds, deadline_ms, max_downtime_ms, ..with(policy) };
+        let strict = deadline_ms.is_some() && max_downtime_ms.is_some();
+        let (mut so_far, mut settled, mut elapsed) = (Vec::new(), 0, Micros(0));
+        let mut ended = [false; 2];
+        for ((sent, left, counted), n) in rounds.into_iter().zip(0..) {
+            let mut report = round(n, sent, left);
+            report.left = report.left.filter(|_| counted);
+            so_far.push(report);
+            elapsed += Micros(1_000_000);
+            settled += usize::from(n > 10);
+            let decisions = [decide(&so_far, &[], &options, elapsed), settle(&so_far, settled, &[], &options, elapsed)];
+            for (decision, ended) in decisions.into_iter().zip(&mut ended) {
+                match decision {
+                    Decision::Again => {}
+                    Decision::SlowDown(_) => prop_assert!(false, "nobody asked for it"),
+                    Decision::Freeze(Why::Fits) => {
+                        prop_assert!(predicted(&so_far) <= options.downtime() + PREPARING);
+                        *ended = true;
+                    }
+                    Decision::Freeze(why) => {
+                        prop_assert!(!strict || why == Why::Phaul, "frozen although the downtime cannot be kept");
+                        *ended = true;
+                    }
+                    Decision::Refuse(_) => {
+                        prop_assert!(strict && predicted(&so_far) > options.downtime());
+                        *ended = true;
+                    }
+                }
+            }
+        }
+        prop_assert_eq!(ended, [true; 2]);
+    }
+}

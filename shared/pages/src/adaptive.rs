@@ -1,0 +1,257 @@
+//! The policy `adaptive`: is it worth sending a page now, or will it be written again before the freeze?
+//!
+//! Every page is taken to be written at random moments, at a rate of its own that its history tells. Sent now, it
+//! survives the time `t` until the freeze with the probability `exp(-rate * t)`, and only then was it worth its
+//! bytes. And each page that is sent puts the freeze off for all the others. So of the pages that wait, coldest
+//! first, as many are sent as make least of what is expected to be left at the freeze:
+//!
+//! ```text
+//! left(k) = waiting - sum over the k coldest of exp(-rate * t) + sum over the others of (1 - exp(-rate * t))
+//!       t = k / pages per second + the way to the freeze
+//! ```
+//! A round sends only the coldest part of these, so that the next one knows more, and so that what it sends was
+//! protected shortly before: a page that is written between the two is sent for nothing.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use crate::history::{Census, Pattern, ROUNDS};
+use crate::policy::{Pace, Quota};
+
+/// From the end of the last round to the freeze, in seconds: a few messages.
+const TO_THE_FREEZE: f64 = 0.02;
+/// The shortest round of an unfinished pre-copy, in seconds: each round costs every writer a fault a page.
+const SHORTEST: f64 = 0.25;
+/// A round takes one part in so many of what waits.
+const PARTS: f64 = 8.0;
+/// How long the first round lasts, when nothing is known of the rate or of the pages.
+const FIRST: Duration = Duration::from_secs(1);
+/// Below the allowance, a page is sent only if that is expected to save so much of a page in the freeze.
+const WORTH: f64 = 0.5;
+/// Logarithmic classes of rates, two to a doubling, from 2^-10 to 2^10 writes a second.
+const CLASSES: usize = 41;
+/// Steps that a class is looked at in.
+const STEPS: u32 = 8;
+/// What is taken to be known of a page beforehand: so many writes in so many seconds. Little, for a prior that is
+/// outweighed by one observation.
+const PRIOR_WRITES: f64 = 0.1;
+const PRIOR_SECONDS: f64 = 0.5;
+
+/// When the rounds of the history were.
+#[derive(Debug, Clone, Default)]
+pub struct Timeline {
+    last: Option<Instant>,
+    /// Seconds between scans, latest first.
+    intervals: VecDeque<f64>,
+}
+
+impl Timeline {
+    /// A scan at the time `now`.
+    pub fn scanned(&mut self, now: Instant) {
+        if let Some(last) = self.last.replace(now) {
+            self.intervals.push_front(now.saturating_duration_since(last).as_secs_f64().max(1e-6));
+            self.intervals.truncate(ROUNDS.into());
+        }
+    }
+
+    /// How often a page of that pattern is written, a second: the most likely rate, if its writes come at random.
+    pub fn writes_per_second(&self, pattern: Pattern) -> f64 {
+        let (mut low, mut high) = (1e-4_f64, 1e4_f64);
+        // What is looked for is where this, which falls with the rate, changes its sign.
+        let slope = |rate: f64| {
+            let seen = self.intervals.iter().enumerate().map(|(age, seconds)| {
+                let written = pattern.checked_shr(age as u32).unwrap_or(0) & 1 == 1;
+                if written { seconds / (rate * seconds).exp_m1() } else { -seconds }
+            });
+            seen.sum::<f64>() + PRIOR_WRITES / rate - PRIOR_SECONDS
+        };
+        for _ in 0..24 {
+            let middle = (low * high).sqrt();
+            if slope(middle) > 0.0 { low = middle } else { high = middle }
+        }
+        (low * high).sqrt()
+    }
+
+    fn knows_nothing(&self) -> bool {
+        self.intervals.is_empty()
+    }
+}
+
+/// The class of a rate, and the rate of a class.
+fn class_of(rate: f64) -> usize {
+    ((rate.log2() + 10.0) * 2.0).round().clamp(0.0, (CLASSES - 1) as f64) as usize
+}
+
+fn rate_of(class: usize) -> f64 {
+    (class as f64 / 2.0 - 10.0).exp2()
+}
+
+/// How long a round of `adaptive` may last at most, where it must not go on for as long as there is something to send.
+pub fn time_limit(pace: Pace, waiting: u64) -> Option<Duration> {
+    match pace.rate {
+        _ if pace.last => None,
+        None => Some(FIRST),
+        // Twice what was planned: the rate may have fallen.
+        Some(rate) => Some(Duration::from_secs_f64((2.0 * seconds_of_a_round(rate, waiting)).min(1e6))),
+    }
+}
+
+fn seconds_of_a_round(rate: f64, waiting: u64) -> f64 {
+    (waiting as f64 / rate.max(1.0) / PARTS).max(SHORTEST)
+}
+
+/// What a round sends of the pages of `waiting`; `current` are those that the target has.
+pub fn quota(timeline: &Timeline, waiting: &Census, current: &Census, pace: Pace) -> Quota {
+    let Some(rate) = pace.rate.filter(|rate| *rate > 0.0 && !timeline.knows_nothing()) else {
+        return Quota { pages: waiting.clone() };
+    };
+    let total = waiting.total();
+    let classes: Vec<usize> =
+        (0..=Pattern::MAX).map(|pattern| class_of(timeline.writes_per_second(pattern))).collect();
+    let class = |pattern: Pattern| classes.get(usize::from(pattern)).copied().unwrap_or(0);
+    let sorted = |census: &Census| {
+        let mut counts = [0.0; CLASSES];
+        for (pattern, pages) in census.iter().filter(|(_, pages)| *pages > 0) {
+            if let Some(count) = counts.get_mut(class(pattern)) {
+                *count += pages as f64;
+            }
+        }
+        counts
+    };
+    let worth = worth_sending(&sorted(waiting), &sorted(current), rate, pace.allowance as f64);
+    let most = if pace.last { f64::INFINITY } else { rate * seconds_of_a_round(rate, total) };
+    let mut room = worth.min(most).ceil() as u64;
+    // Coldest first.
+    let mut order: Vec<(usize, Pattern, u64)> = waiting
+        .iter()
+        .filter(|(_, pages)| *pages > 0)
+        .map(|(pattern, pages)| (class(pattern), pattern, pages))
+        .collect();
+    order.sort_unstable();
+    let mut pages = Census::default();
+    for (_, pattern, waiting) in order {
+        let share = waiting.min(room);
+        pages.add(pattern, share);
+        room -= share;
+    }
+    Quota { pages }
+}
+
+/// How many of the waiting pages, coldest first, are worth sending before the freeze.
+fn worth_sending(waiting: &[f64], current: &[f64], rate: f64, allowance: f64) -> f64 {
+    let total: f64 = waiting.iter().sum();
+    let left = |sent: f64| {
+        let seconds = sent / rate + TO_THE_FREEZE;
+        let (mut room, mut left) = (sent, total);
+        for (class, (waits, has)) in waiting.iter().zip(current).enumerate() {
+            let survives = (-rate_of(class) * seconds).exp();
+            let part = waits.min(room);
+            room -= part;
+            left += has * (1.0 - survives) - part * survives;
+        }
+        left
+    };
+    let (mut best, mut least, mut sent) = (0.0, left(0.0), 0.0);
+    for pages in waiting.iter().filter(|pages| **pages > 0.0) {
+        for step in 1..=STEPS {
+            let upto = sent + pages * f64::from(step) / f64::from(STEPS);
+            let would = left(upto);
+            let price = if least <= allowance { WORTH * (upto - best) } else { 0.0 };
+            if would + price < least {
+                (best, least) = (upto, would);
+            }
+        }
+        sent += pages;
+    }
+    best
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn timeline(intervals: &[f64]) -> Timeline {
+        Timeline { last: None, intervals: intervals.iter().copied().collect() }
+    }
+
+    fn census(pages: &[(Pattern, u64)]) -> Census {
+        let mut census = Census::default();
+        pages.iter().for_each(|(pattern, pages)| census.add(*pattern, *pages));
+        census
+    }
+
+    #[test]
+    fn a_rate_is_found_again() {
+        let even = timeline(&[1.0; 8]);
+        let rates: Vec<f64> =
+            [0, 1, 0b11, 0b1111, 0xff].map(|pattern| even.writes_per_second(pattern)).to_vec();
+        assert!(rates.is_sorted(), "{rates:?}");
+        assert!(rates[0] < 0.03 && rates[4] > 2.0, "{rates:?}");
+        // Written in half of the seconds: exp(-rate) is about a half.
+        assert!((rates[3] - 0.69).abs() < 0.1, "{rates:?}");
+        // A write in a long round says less than one in a short round.
+        let (short, long) = (timeline(&[0.1]), timeline(&[10.0]));
+        assert!(short.writes_per_second(1) > 2.0 * long.writes_per_second(1));
+    }
+
+    #[test]
+    fn without_knowledge_everything_is_sent() {
+        let waiting = census(&[(0, 1000)]);
+        let pace = Pace { rate: Some(100.0), ..Pace::default() };
+        assert_eq!(quota(&Timeline::default(), &waiting, &Census::default(), pace).pages, waiting);
+        let pace = Pace::default();
+        assert_eq!(quota(&timeline(&[1.0]), &waiting, &Census::default(), pace).pages, waiting);
+    }
+
+    #[test]
+    fn cold_pages_go_and_hot_ones_wait_while_there_are_cold_ones() {
+        let waiting = census(&[(0, 80_000), (0xff, 1000)]);
+        let pace = Pace { rate: Some(10_000.0), ..Pace::default() };
+        let quota = quota(&timeline(&[1.0; 8]), &waiting, &Census::default(), pace);
+        assert_eq!(quota.pages.iter().filter(|(_, pages)| *pages > 0).count(), 1);
+        // One part in eight of what waits, a second's worth.
+        assert!((9_000..12_000).contains(&quota.pages.total()), "{}", quota.pages.total());
+    }
+
+    #[test]
+    fn what_is_written_faster_than_it_can_be_sent_is_not_sent() {
+        let waiting = census(&[(0xff, 100_000)]);
+        let slow = Pace { rate: Some(1000.0), ..Pace::default() };
+        let sent = quota(&timeline(&[0.25; 8]), &waiting, &Census::default(), slow).pages.total();
+        assert!(sent < 2_000, "{sent}");
+        let last = Pace { last: true, rate: Some(1e7), ..slow };
+        let sent = quota(&timeline(&[0.25; 8]), &waiting, &Census::default(), last).pages.total();
+        assert!(sent > 50_000, "{sent}");
+    }
+
+    #[test]
+    fn below_the_allowance_only_what_is_likely_to_survive_is_sent() {
+        let waiting = census(&[(0, 500), (0xff, 500)]);
+        let pace = Pace { rate: Some(1000.0), allowance: 1200, last: true };
+        let quota = quota(&timeline(&[0.1; 8]), &waiting, &Census::default(), pace);
+        assert_eq!(quota.pages, census(&[(0, 500)]));
+    }
+
+    proptest! {
+        #[test]
+        fn a_quota_never_exceeds_what_waits_and_takes_colder_classes_first(
+            pages in prop::collection::vec((any::<u8>(), 0..100_000_u64), 0..40),
+            intervals in prop::collection::vec(0.001..20.0_f64, 0..9),
+            rate in prop::option::of(0.1..1e6_f64),
+            allowance in 0..10_000_u64,
+            last: bool,
+        ) {
+            let (line, waiting) = (timeline(&intervals), census(&pages));
+            let pace = Pace { rate, allowance, last };
+            let quota = quota(&line, &waiting, &Census::default(), pace).pages;
+            let class = |pattern| class_of(line.writes_per_second(pattern));
+            let cut = quota.iter().zip(waiting.iter()).filter(|((_, sent), (_, waits))| sent < waits);
+            let cut = cut.map(|((pattern, _), _)| class(pattern)).min().unwrap_or(CLASSES);
+            for ((pattern, sent), (_, waits)) in quota.iter().zip(waiting.iter()) {
+                prop_assert!(sent <= waits);
+                prop_assert!(sent == 0 || class(pattern) <= cut, "hotter pages before colder ones");
+            }
+        }
+    }
+}

@@ -1,0 +1,251 @@
+//! What the target has of each page, as hashes: pages that were written without being changed need not go again, and a
+//! page that another one equals goes as the name of that one.
+//!
+//! # Why this is safe
+//! Two pages count as equal when the first 128 bits of their BLAKE3 hashes are. Among all pages of 1 TiB of memory in
+//! 100 rounds the odds of one wrong match are below 2^-58, far below those of a memory error that no code notices. A
+//! container that looks for a collision on purpose needs 2^64 hashes, and would spoil its own memory only.
+//!
+//! The account of a page always tells what the target has of it, once all that was sent has been stored: it changes
+//! when the page goes, whatever way it goes, and is dropped when it goes unlooked at. A page is named only if it cannot
+//! go again in the same round: it lies before the present one in the order in which a round is read. The target looks
+//! names up when it has stored everything else of the round ([`crate::named`]), so that batches may come in any order.
+//!
+//! # Memory
+//! At most a hundredth of the container's: 16 bytes for a page, in leaves of 64 pages, up to 16 bytes for finding a page
+//! by its hash. What does not fit is sent as if nothing were known. A container's memory counts what processes share
+//! once, so pages that do not fit are mostly those that can be named.
+
+use std::collections::{HashMap, HashSet};
+
+use haulage_sys::PAGE_BYTES;
+
+use crate::frame::{HEADER, PAGE_BITS};
+use crate::gather::{PageBatch, append};
+use crate::named::{MAX_NAMED_RUN, Named, NamedRun, Owner};
+use crate::range::{PageNo, PageRange};
+
+const LEAF_PAGES: u64 = 64;
+/// Places for pages with hashes that fall together.
+const WAYS: usize = 4;
+/// Bytes of a leaf, and of its place in the map.
+const LEAF_BYTES: u64 = LEAF_PAGES * 16 + 120;
+/// The least memory that is reckoned with.
+const LEAST_MEMORY: u64 = 64 << 20;
+
+type Hash = [u8; 16];
+/// The account of a page of which nothing is known. That a page has this hash is as likely as a wrong match.
+const UNKNOWN: Hash = [0; 16];
+type Leaf = Box<[Hash; LEAF_PAGES as usize]>;
+
+/// What is left of a batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sifted {
+    /// What has to go; it may have no runs.
+    pub batch: PageBatch,
+    /// Pages that the target has as they are.
+    pub unchanged: u64,
+    /// Pages that go as names, at the end of the round.
+    pub named: u64,
+}
+
+/// The account of what the target has.
+#[derive(Debug)]
+pub struct Known {
+    owners: HashMap<Owner, u32>,
+    by_number: Vec<Owner>,
+    leaves: HashMap<(u32, u64), Leaf>,
+    most_leaves: usize,
+    /// In sets of [`WAYS`], by a part of the hash: owner's number (28 bits), page (36 bits), plus one; zero for none. May
+    /// be out of date.
+    places: Vec<u64>,
+    round: u32,
+    /// Owners whose pages have come in this round, the present one included.
+    seen: HashSet<u32>,
+    named: Vec<(u32, u32, NamedRun)>,
+    most_named: usize,
+}
+
+enum Verdict {
+    Goes,
+    Unchanged,
+    Named(u32, PageNo),
+}
+
+impl Known {
+    /// Nothing is known of a container that uses `memory` bytes.
+    pub fn new(memory: u64) -> Self {
+        let memory = memory.max(LEAST_MEMORY);
+        // The largest power of two that is no more than two for each page.
+        let places = 2_u64 << (memory / PAGE_BYTES as u64).ilog2();
+        Self {
+            owners: HashMap::new(),
+            by_number: Vec::new(),
+            leaves: HashMap::new(),
+            most_leaves: (memory / 10_000 * 45 / LEAF_BYTES) as usize,
+            places: vec![0; places as usize],
+            round: 0,
+            seen: HashSet::new(),
+            named: Vec::new(),
+            most_named: (memory / 1000 / size_of::<(u32, u32, NamedRun)>() as u64 / 2) as usize,
+        }
+    }
+
+    /// Takes out of a batch what need not go. Batches come in the order in which they are read.
+    pub fn sift(&mut self, mut batch: PageBatch) -> Sifted {
+        let owner = self.enter(&batch);
+        let (mut unchanged, mut named) = (0, 0);
+        let mut runs = Vec::with_capacity(batch.runs.len());
+        let (mut from, mut to) = (HEADER, HEADER);
+        for run in std::mem::take(&mut batch.runs) {
+            if run.zero {
+                self.forget(owner, run.range);
+                runs.push(run);
+                continue;
+            }
+            for page in (run.range.start().0..run.range.end().0).map(PageNo) {
+                let bytes = batch.buffer.get(from..from + PAGE_BYTES).unwrap_or_default();
+                match self.judge(owner, page, bytes) {
+                    Verdict::Unchanged => unchanged += 1,
+                    Verdict::Named(other, place) => {
+                        self.name(owner, page, other, place);
+                        named += 1;
+                    }
+                    Verdict::Goes => {
+                        if from != to {
+                            batch.buffer.copy_within(from..from + PAGE_BYTES, to);
+                        }
+                        to += PAGE_BYTES;
+                        append(&mut runs, page, false);
+                    }
+                }
+                from += PAGE_BYTES;
+            }
+        }
+        batch.buffer.truncate(to);
+        batch.runs = runs;
+        Sifted { batch, unchanged, named }
+    }
+
+    /// A batch goes as it is, unlooked at.
+    pub fn pass(&mut self, batch: &PageBatch) {
+        let owner = self.enter(batch);
+        if !self.leaves.is_empty() {
+            batch.runs.iter().for_each(|run| self.forget(owner, run.range));
+        }
+    }
+
+    /// The names of the round so far, for [`crate::target::TargetEngine::copy`]: to be sent when everything else of the
+    /// round has been stored.
+    pub fn take_named(&mut self) -> Vec<Vec<u8>> {
+        let round = self.round;
+        let all = std::mem::take(&mut self.named);
+        let mut frames = Vec::new();
+        for same in all.chunk_by(|a, b| (a.0, a.1) == (b.0, b.1)) {
+            let Some((of, like, _)) = same.first() else { continue };
+            let owner = |number: u32| self.by_number.get(number as usize).copied();
+            let (Some(of), Some(like)) = (owner(*of), owner(*like)) else { continue };
+            let runs: Vec<NamedRun> = same.iter().map(|(_, _, run)| *run).collect();
+            frames.extend(Named::encode(of, like, round, &runs));
+        }
+        frames
+    }
+
+    fn enter(&mut self, batch: &PageBatch) -> u32 {
+        if batch.round != self.round {
+            self.round = batch.round;
+            self.seen.clear();
+        }
+        let owner = Owner { vpid: batch.vpid, generation: batch.generation };
+        let next = self.by_number.len() as u32;
+        let number = *self.owners.entry(owner).or_insert(next);
+        if number == next {
+            self.by_number.push(owner);
+        }
+        self.seen.insert(number);
+        number
+    }
+
+    fn judge(&mut self, owner: u32, page: PageNo, bytes: &[u8]) -> Verdict {
+        let hash: Hash = blake3::hash(bytes).as_bytes().first_chunk().copied().unwrap_or(UNKNOWN);
+        if self.hash_of(owner, page) == hash && hash != UNKNOWN {
+            return Verdict::Unchanged;
+        }
+        let remembered = self.remember(owner, page, hash);
+        let set = u64::from_le_bytes(hash.first_chunk().copied().unwrap_or_default());
+        let sets = (self.places.len() / WAYS).max(1);
+        let first = (set % sets as u64) as usize * WAYS;
+        let set = self.places.get(first..first + WAYS).unwrap_or_default();
+        let like = set.iter().filter_map(|packed| place(*packed)).find(|(other, like)| {
+            let stays = if *other == owner { *like < page } else { self.seen.contains(other) };
+            stays && self.hash_of(*other, *like) == hash
+        });
+        if let Some((other, like)) = like.filter(|_| self.named.len() < self.most_named) {
+            return Verdict::Named(other, like);
+        }
+        if remembered && owner < 1 << 28 {
+            let free = set.iter().position(|packed| *packed == 0);
+            let at = free.unwrap_or_else(|| usize::from(hash.last().copied().unwrap_or(0)) % WAYS);
+            if let Some(packed) = self.places.get_mut(first + at) {
+                *packed = (u64::from(owner) << PAGE_BITS | page.0) + 1;
+            }
+        }
+        Verdict::Goes
+    }
+
+    fn name(&mut self, owner: u32, page: PageNo, other: u32, place: PageNo) {
+        if let Some((of, like, last)) = self.named.last_mut()
+            && (*of, *like) == (owner, other)
+            && last.pages.end() == page
+            && last.like.0 + last.pages.count() == place.0
+            && last.pages.count() < MAX_NAMED_RUN
+            // A run is read before it is written, so it names none of its own pages.
+            && !(owner == other && place >= last.pages.start())
+            && let Some(longer) = PageRange::new(last.pages.start(), PageNo(page.0 + 1))
+        {
+            last.pages = longer;
+        } else if let Some(pages) = PageRange::with_count(page, 1) {
+            self.named.push((owner, other, NamedRun { pages, like: place }));
+        }
+    }
+
+    fn hash_of(&self, owner: u32, page: PageNo) -> Hash {
+        let leaf = self.leaves.get(&(owner, page.0 / LEAF_PAGES));
+        leaf.and_then(|leaf| leaf.get((page.0 % LEAF_PAGES) as usize)).copied().unwrap_or(UNKNOWN)
+    }
+
+    /// False when there is no room for it; then nothing is known of the page.
+    fn remember(&mut self, owner: u32, page: PageNo, hash: Hash) -> bool {
+        let (key, full) = ((owner, page.0 / LEAF_PAGES), self.leaves.len() >= self.most_leaves);
+        if full && !self.leaves.contains_key(&key) {
+            return false;
+        }
+        let leaf = self.leaves.entry(key).or_insert_with(|| Box::new([UNKNOWN; LEAF_PAGES as usize]));
+        if let Some(known) = leaf.get_mut((page.0 % LEAF_PAGES) as usize) {
+            *known = hash;
+        }
+        true
+    }
+
+    fn forget(&mut self, owner: u32, range: PageRange) {
+        let (start, end) = (range.start().0, range.end().0);
+        for number in start / LEAF_PAGES..end.div_ceil(LEAF_PAGES) {
+            let Some(leaf) = self.leaves.get_mut(&(owner, number)) else { continue };
+            for (page, known) in (number * LEAF_PAGES..).zip(leaf.iter_mut()) {
+                if (start..end).contains(&page) {
+                    *known = UNKNOWN;
+                }
+            }
+        }
+    }
+}
+
+/// Owner's number and page.
+fn place(packed: u64) -> Option<(u32, PageNo)> {
+    let place = packed.checked_sub(1)?;
+    Some(((place >> PAGE_BITS) as u32, PageNo(place & ((1 << PAGE_BITS) - 1))))
+}
+
+#[cfg(test)]
+#[path = "known_tests.rs"]
+mod tests;

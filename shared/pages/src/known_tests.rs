@@ -1,0 +1,161 @@
+//! Against a real store: whatever pages do, what is sifted and stored in any order is what was read.
+
+use super::*;
+use crate::frame::Batch;
+use crate::gather::tests::batch_at;
+use crate::manifest::{FinalManifest, ManifestProcess};
+use crate::process::{Generation, Vpid};
+use crate::range::RangeSet;
+use crate::sealed::SealedStore;
+use crate::store::StoreLimits;
+use crate::target::TargetEngine;
+use proptest::prelude::*;
+use std::collections::BTreeMap;
+
+const PAGES: u64 = 200;
+
+fn page(content: u8) -> [u8; PAGE_BYTES] {
+    let mut page = [content; PAGE_BYTES];
+    if content > 0 {
+        page[PAGE_BYTES - 1] = 77;
+    }
+    page
+}
+
+/// What one round reads: of which process, which pages, with what content; and whether batches are looked at.
+#[derive(Debug, Clone)]
+struct Round {
+    writes: Vec<(u32, u64, u8)>,
+    looked_at: bool,
+    order: usize,
+}
+
+fn any_round() -> impl Strategy<Value = Round> {
+    let write = (1..4_u32, 0..PAGES, 0..6_u8);
+    (prop::collection::vec(write, 1..60), prop::bool::weighted(0.8), 0..7_usize)
+        .prop_map(|(writes, looked_at, order)| Round { writes, looked_at, order })
+}
+
+proptest! {
+    #[test]
+    fn the_target_ends_with_what_was_read(rounds in prop::collection::vec(any_round(), 1..8)) {
+        let dir = tempfile::tempdir().unwrap();
+        let mut target = TargetEngine::create(&dir.path().join("store"), StoreLimits::default()).unwrap();
+        let mut known = Known::new(0);
+        let mut truth: BTreeMap<(u32, u64), u8> = BTreeMap::new();
+        for (number, round) in (1..).zip(&rounds) {
+            let read: BTreeMap<(u32, u64), u8> =
+                round.writes.iter().map(|(vpid, at, content)| ((*vpid, *at), *content)).collect();
+            truth.extend(&read);
+            let mut frames = Vec::new();
+            for ((vpid, at), content) in &read {
+                let batch = batch_at(Vpid(*vpid), number, PageNo(1000 + at), &[page(*content)]);
+                if round.looked_at {
+                    let sifted = known.sift(batch);
+                    let gone = sifted.batch.data_pages() + sifted.batch.zero_pages();
+                    prop_assert_eq!(gone + sifted.unchanged + sifted.named, 1);
+                    frames.push(sifted.batch.into_frame());
+                } else {
+                    known.pass(&batch);
+                    frames.push(batch.into_frame());
+                }
+            }
+            let middle = round.order % frames.len();
+            frames.rotate_left(middle);
+            frames.reverse();
+            for frame in frames {
+                target.store(&Batch::decode(&frame).unwrap()).unwrap();
+            }
+            for named in known.take_named() {
+                target.copy(&named).unwrap();
+            }
+        }
+        let mut manifest = FinalManifest::default();
+        for (vpid, at) in truth.keys() {
+            let one = PageRange::with_count(PageNo(1000 + at), 1).unwrap();
+            let entry = manifest.processes.entry(Vpid(*vpid)).or_insert(ManifestProcess {
+                generation: Generation(9),
+                pages: RangeSet::new(),
+            });
+            entry.pages.insert(one);
+        }
+        target.finish(&manifest).unwrap();
+        let sealed = SealedStore::open(&dir.path().join("store")).unwrap();
+        for ((vpid, at), content) in truth {
+            let mut there = [1; PAGE_BYTES];
+            let one = PageRange::with_count(PageNo(1000 + at), 1).unwrap();
+            sealed.read_into(Vpid(vpid), one, &mut there).unwrap();
+            prop_assert!(there == page(content), "page {at} of {vpid} is not {content}");
+        }
+    }
+}
+
+fn sift(known: &mut Known, vpid: u32, round: u32, contents: &[u8]) -> (u64, u64, u64) {
+    let pages: Vec<_> = contents.iter().map(|content| page(*content)).collect();
+    let sifted = known.sift(batch_at(Vpid(vpid), round, PageNo(100), &pages));
+    (sifted.batch.data_pages(), sifted.unchanged, sifted.named)
+}
+
+#[test]
+fn what_was_written_and_not_changed_stays_and_what_was_zeroed_between_goes_again() {
+    let mut known = Known::new(0);
+    assert_eq!(sift(&mut known, 1, 1, &[1, 2, 3]), (3, 0, 0));
+    assert_eq!(sift(&mut known, 1, 2, &[1, 9, 3]), (1, 2, 0));
+    assert_eq!(sift(&mut known, 1, 3, &[1, 0, 3]), (0, 2, 0));
+    assert_eq!(sift(&mut known, 1, 4, &[1, 9, 3]), (1, 2, 0));
+    assert!(known.take_named().is_empty());
+}
+
+#[test]
+fn a_forked_process_goes_as_names_in_few_runs() {
+    let mut known = Known::new(0);
+    let contents: Vec<u8> = (1..=200).collect();
+    assert_eq!(sift(&mut known, 1, 1, &contents), (200, 0, 0));
+    assert_eq!(sift(&mut known, 2, 1, &contents), (0, 0, 200));
+    let named = known.take_named();
+    assert_eq!(named.len(), 1);
+    assert_eq!(Named::decode(&named[0]).unwrap().runs.len(), 1);
+    assert!(known.take_named().is_empty());
+}
+
+#[test]
+fn what_may_still_change_in_the_round_is_not_named() {
+    let mut known = Known::new(0);
+    assert_eq!(sift(&mut known, 2, 1, &[5, 6]), (2, 0, 0));
+    // Process 2 may come later in this round.
+    assert_eq!(sift(&mut known, 1, 2, &[5, 6]), (2, 0, 0));
+    assert_eq!(sift(&mut known, 2, 2, &[5, 7]), (1, 1, 0));
+}
+
+#[test]
+fn without_room_everything_goes() {
+    let mut known = Known { most_leaves: 1, ..Known::new(0) };
+    let contents: Vec<u8> = (1..=200).collect();
+    assert_eq!(sift(&mut known, 1, 1, &contents), (200, 0, 0));
+    assert_eq!(sift(&mut known, 1, 2, &contents), (200 - 28, 28, 0));
+    assert_eq!(sift(&mut known, 2, 2, &contents), (200 - 28, 0, 28), "a name needs no room");
+}
+
+#[test]
+fn the_account_takes_a_hundredth_of_the_memory() {
+    for memory in [1_u64 << 30, 5 << 30] {
+        let known = Known::new(memory);
+        let bytes = known.most_leaves as u64 * LEAF_BYTES
+            + known.places.len() as u64 * 8
+            + (known.most_named * size_of::<(u32, u32, NamedRun)>() * 2) as u64;
+        assert!(bytes <= memory / 100, "{bytes} of {memory}");
+        assert!(known.most_leaves as u64 * LEAF_PAGES * PAGE_BYTES as u64 >= memory);
+    }
+}
+
+#[test]
+fn a_name_of_a_page_that_the_target_lacks_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut target = TargetEngine::create(&dir.path().join("store"), StoreLimits::default()).unwrap();
+    let mut known = Known::new(0);
+    sift(&mut known, 1, 1, &[1, 2]);
+    sift(&mut known, 2, 1, &[1, 2]);
+    for named in known.take_named() {
+        assert!(target.copy(&named).is_err());
+    }
+}
