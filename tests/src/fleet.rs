@@ -188,6 +188,12 @@ impl Fleet {
         &self.hosts
     }
 
+    /// Both ends of every host's cable: the namespace and the device in it.
+    pub fn cable_ends(&self) -> impl Iterator<Item = (String, String)> {
+        let letters = self.hosts.iter().zip('a'..).map(|(_, letter)| letter);
+        letters.flat_map(|letter| self.segment.cable_ends(letter))
+    }
+
     /// An address on the fleet's segment for the container with the given index, 0 to 99.
     #[must_use]
     pub fn container_address(&self, index: u8) -> Ipv4Addr {

@@ -115,6 +115,13 @@ impl Segment {
         ip(&["-n", &self.switch(), "link", "set", &cable(letter), state])
     }
 
+    /// Both ends of a host's cable, each with the namespace it is in: what leaves the one reaches the host, what leaves
+    /// the other comes from it.
+    #[must_use]
+    pub fn cable_ends(&self, letter: char) -> [(String, String); 2] {
+        [(self.switch(), cable(letter)), (self.netns(letter), "eth0".to_owned())]
+    }
+
     /// The name of the switch's network namespace.
     fn switch(&self) -> String {
         format!("{}-{SWITCH}", self.name)

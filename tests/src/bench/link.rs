@@ -1,7 +1,7 @@
 //! The link between the hosts: a token bucket on both ends of each host's cable.
 
 use crate::bench::cell::Link;
-use crate::host::Host;
+use crate::fleet::Fleet;
 use crate::process::run;
 use anyhow::Result;
 
@@ -12,17 +12,11 @@ const LEAST_BURST: u64 = 256 * 1024;
 ///
 /// # Errors
 /// `tc` refused.
-pub fn shape(hosts: &[Host], link: Link) -> Result<()> {
-    for host in hosts {
-        // The end in the host's namespace limits what it sends, the bridge's end what it receives.
-        let inner: [&str; 4] = ["-n", host.netns(), "qdisc", "replace"];
-        let outer: [&str; 2] = ["qdisc", "replace"];
-        for (command, device) in [(inner.as_slice(), "eth0"), (outer.as_slice(), host.netns())] {
-            let queue = queue(link);
-            let queue: Vec<&str> = queue.split(' ').collect();
-            let target = ["dev", device, "root"];
-            run("tc", &[command, &target, &queue].concat())?;
-        }
+pub fn shape(fleet: &Fleet, link: Link) -> Result<()> {
+    let queue = queue(link);
+    let queue: Vec<&str> = queue.split(' ').collect();
+    for (netns, device) in fleet.cable_ends() {
+        run("tc", &[&["-n", &netns, "qdisc", "replace", "dev", &device, "root"], queue.as_slice()].concat())?;
     }
     Ok(())
 }

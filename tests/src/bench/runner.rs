@@ -144,7 +144,7 @@ impl<'f> Runner<'f> {
 
     fn run(&self, cell: &Cell, engine: Engine, index: u8, stand: &mut Option<Stand<'f>>) -> Result<Sample> {
         if stand.is_none() {
-            link::shape(self.fleet.hosts(), Link::Unshaped)?;
+            link::shape(self.fleet, Link::Unshaped)?;
             let subject = engine::start(self.fleet, cell, engine, index)?;
             let server = subject.server();
             // From here on a failure removes what was started.
@@ -155,9 +155,9 @@ impl<'f> Runner<'f> {
         }
         let stand = stand.as_mut().context("no workload")?;
         stand.subject.prepare().context("prepare the target")?;
-        link::shape(self.fleet.hosts(), cell.link)?;
+        link::shape(self.fleet, cell.link)?;
         let sample = self.measure(engine, stand)?;
-        link::shape(self.fleet.hosts(), Link::Unshaped)?;
+        link::shape(self.fleet, Link::Unshaped)?;
         let bad = stand.load.verify().context("verify")?;
         ensure!(bad == 0, "{bad} pages or values are not as they should be");
         Ok(sample)
