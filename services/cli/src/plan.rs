@@ -1,6 +1,6 @@
 //! `haul plan`: what a migration would be like. The container runs on; nothing is made on either host.
 
-use std::fmt::Write;
+use std::fmt;
 use std::time::Duration;
 
 use futures_util::future::join_all;
@@ -47,20 +47,7 @@ pub(crate) async fn run(nats: &Nats, wanted: args::Plan) -> Result<(), Failure> 
     let source = locate(&asker, &wanted).await?;
     let inspect = Inspect { container: wanted.container.clone(), shared_binds: wanted.shared.clone() };
     let inspected = asker.ask(&source, 2, inspect).await?;
-    let checked = asker
-        .ask(
-            &wanted.to,
-            3,
-            Check {
-                spec: inspected.spec.clone(),
-                source: inspected.host.clone(),
-                image: inspected.image.clone(),
-                memory: inspected.memory,
-                disk: inspected.disk,
-                image_size: inspected.image_size,
-            },
-        )
-        .await?;
+    let checked = asker.ask(&wanted.to, 3, Check::from(&inspected)).await?;
     let time = Micros(wanted.sample.saturating_mul(1_000_000));
     let sample = SampleWrites { cgroup_procs: inspected.cgroup_procs.clone(), time };
     let sampled = asker.ask(&source, 4, sample).await?;
@@ -87,7 +74,9 @@ pub(crate) async fn run(nats: &Nats, wanted: args::Plan) -> Result<(), Failure> 
             "assumed": { "pages_per_second": rate, "rate_measured": false, "fixed_cost_us": FIXED },
         }));
     }
-    line(report(&source, &wanted, &inspected, checked.image_present, &sampled, rate, &plans).trim_end())
+    let image_present = checked.image_present;
+    let report = Report { source, wanted, inspected, image_present, sampled, rate, plans };
+    line(report.to_string().trim_end())
 }
 
 async fn locate(asker: &Asker<'_>, wanted: &args::Plan) -> Result<HostId, Failure> {
@@ -119,75 +108,69 @@ async fn locate(asker: &Asker<'_>, wanted: &args::Plan) -> Result<HostId, Failur
     }
 }
 
-fn report(
-    source: &HostId,
-    wanted: &args::Plan,
-    inspected: &Inspected,
+/// What a person is told.
+struct Report {
+    source: HostId,
+    wanted: args::Plan,
+    inspected: Inspected,
     image_present: bool,
-    sampled: &WritesSampled,
+    sampled: WritesSampled,
     rate: Pages,
-    plans: &[(Policy, Prediction)],
-) -> String {
-    let mut out = String::new();
-    // Writing to a string does not fail.
-    let _infallible = write_report(&mut out, source, wanted, inspected, image_present, sampled, rate, plans);
-    out
+    plans: Vec<(Policy, Prediction)>,
 }
 
-#[allow(clippy::too_many_arguments, reason = "the parts of one page of text")]
-fn write_report(
-    out: &mut String,
-    source: &HostId,
-    wanted: &args::Plan,
-    inspected: &Inspected,
-    image_present: bool,
-    sampled: &WritesSampled,
-    rate: Pages,
-    plans: &[(Policy, Prediction)],
-) -> std::fmt::Result {
-    writeln!(out, "{} can move from {source} to {}", inspected.name, wanted.to)?;
-    writeln!(out, "memory    {}, {} processes", inspected.memory, inspected.processes)?;
-    writeln!(out, "files     {} in the layer and volumes, sent while it runs", inspected.disk)?;
-    let image = match image_present {
-        true => "there already".to_owned(),
-        false => format!("{} to be brought", inspected.image_size),
-    };
-    writeln!(out, "image     {image}")?;
-    if plans.is_empty() {
-        let reason = sampled.reason.as_deref().unwrap_or("unknown");
-        writeln!(
-            out,
-            "its writes cannot be tracked ({reason}): all its memory is sent while it stands still"
-        )?;
-        return Ok(());
-    }
-    let written = sampled.classes.iter().filter(|class| class.writes > 0).map(|class| class.pages);
-    let written: Bytes = written.map(Pages::bytes).sum();
-    writeln!(out, "writes    to {written} of its memory, seen in {} s\n", wanted.sample)?;
-    writeln!(out, "{:<12} {:>7} {:>11} {:>10} {:>10}", "policy", "rounds", "sent", "total", "stands still")?;
-    for (policy, plan) in plans {
-        let end = match (plan.refused, plan.why) {
-            (true, _) => "would be refused: cannot_converge".to_owned(),
-            (_, Some(why)) => why.to_string(),
-            (_, None) => "does not end".to_owned(),
+impl fmt::Display for Report {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { source, wanted, inspected, image_present, sampled, rate, plans } = self;
+        writeln!(out, "{} can move from {source} to {}", inspected.name, wanted.to)?;
+        writeln!(out, "memory    {}, {} processes", inspected.memory, inspected.processes)?;
+        writeln!(out, "files     {} in the layer and volumes, sent while it runs", inspected.disk)?;
+        let image = match *image_present {
+            true => "there already".to_owned(),
+            false => format!("{} to be brought", inspected.image_size),
         };
-        let (bytes, total, downtime) =
-            (plan.bytes.to_string(), plan.total.to_string(), plan.downtime.to_string());
+        writeln!(out, "image     {image}")?;
+        if plans.is_empty() {
+            let reason = sampled.reason.as_deref().unwrap_or("unknown");
+            writeln!(
+                out,
+                "its writes cannot be tracked ({reason}): all its memory is sent while it stands still"
+            )?;
+            return Ok(());
+        }
+        let written = sampled.classes.iter().filter(|class| class.writes > 0).map(|class| class.pages);
+        let written: Bytes = written.map(Pages::bytes).sum();
+        writeln!(out, "writes    to {written} of its memory, seen in {} s\n", wanted.sample)?;
         writeln!(
             out,
-            "{:<12} {:>7} {bytes:>11} {total:>10} {downtime:>10}   {end}",
-            policy.to_string(),
-            plan.rounds
+            "{:<12} {:>7} {:>11} {:>10} {:>10}",
+            "policy", "rounds", "sent", "total", "stands still"
         )?;
+        for (policy, plan) in plans {
+            let end = match (plan.refused, plan.why) {
+                (true, _) => "would be refused: cannot_converge".to_owned(),
+                (_, Some(why)) => why.to_string(),
+                (_, None) => "does not end".to_owned(),
+            };
+            let (bytes, total, downtime) =
+                (plan.bytes.to_string(), plan.total.to_string(), plan.downtime.to_string());
+            writeln!(
+                out,
+                "{:<12} {:>7} {bytes:>11} {total:>10} {downtime:>10}   {end}",
+                policy.to_string(),
+                plan.rounds
+            )?;
+        }
+        let rate = rate.bytes();
+        let how =
+            if wanted.rate.is_some() { "given" } else { "not measured, 1 Gbit/s; give yours with --rate" };
+        writeln!(
+            out,
+            "\nAssumed: a link of {rate}/s ({how}), {FIXED} for the switch itself, that the container goes on"
+        )?;
+        writeln!(
+            out,
+            "writing as it was seen to, and that nothing is compressed. Files and image are not in the times."
+        )
     }
-    let rate = rate.bytes();
-    let how = if wanted.rate.is_some() { "given" } else { "not measured, 1 Gbit/s; give yours with --rate" };
-    writeln!(
-        out,
-        "\nAssumed: a link of {rate}/s ({how}), {FIXED} for the switch itself, that the container goes on"
-    )?;
-    writeln!(
-        out,
-        "writing as it was seen to, and that nothing is compressed. Files and image are not in the times."
-    )
 }

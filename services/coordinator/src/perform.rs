@@ -229,16 +229,7 @@ impl Ask<'_> {
     }
 
     async fn check(&self) -> Result<haulage_protocol::restorer::Checked, Fault> {
-        let inspected = self.inspected()?;
-        self.target(Check {
-            spec: inspected.spec.clone(),
-            source: inspected.host.clone(),
-            image: inspected.image.clone(),
-            memory: inspected.memory,
-            disk: inspected.disk,
-            image_size: inspected.image_size,
-        })
-        .await
+        self.target(Check::from(self.inspected()?)).await
     }
 
     /// Finds the host, and with it the container's full id.

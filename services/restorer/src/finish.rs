@@ -10,7 +10,7 @@ use haulage_protocol::unit::{Micros, Pages};
 
 use crate::failure::{self, ENGINE, NOT_RUNNING, STATE, blocking, fault};
 use crate::guard;
-use crate::kill::silence_container;
+use crate::kill::{kill_container, silence_container};
 use crate::notes::{Notes, working_name};
 use crate::{Restorer, WORK};
 
@@ -89,6 +89,10 @@ pub(crate) async fn undo(service: Arc<Restorer>, migration: MigrationId) -> Resu
         }
     }
     remove_container(&service, &container).await?;
+    if let Some(id) = notes.container.clone() {
+        // What the engine does not know of, such as a restore whose runtime has died.
+        blocking(move || kill_container(&id).map_err(fault(STATE))).await?;
+    }
     let (worker, at, work) = (service.clone(), migration.clone(), dir.join(WORK));
     blocking(move || worker.memories.end(&at, &work).map_err(fault(STATE))).await?;
     if let Some(id) = &notes.container {

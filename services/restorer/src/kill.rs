@@ -25,8 +25,8 @@ pub(crate) fn silence_container(id: &str) -> io::Result<()> {
     quiet::hush(&namespace, quiet::Change::to_silence(&namespace)?)
 }
 
-/// Kills, in silence, until no process is left whose control group is named after container `id` (64 hexadecimal digits), which is
-/// how Docker names it under every driver.
+/// Kills, in silence, until no process is left whose control group is named after container `id` (64 hexadecimal
+/// digits), which is how Docker names it under every driver.
 ///
 /// # Errors
 /// When processes cannot be listed or killed, or one does not die.

@@ -50,7 +50,7 @@ pub(crate) struct Restorer {
     docker: Docker,
     criu: Criu,
     armed: ArmedRoot,
-    memories: memory::Memories,
+    memories: Arc<memory::Memories>,
     starts: prepare::Starts,
     guards: Guards,
 }
@@ -115,7 +115,7 @@ pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>
         docker,
         criu: Criu::find()?,
         armed,
-        memories: memory::Memories::default(),
+        memories: Arc::default(),
         starts: prepare::Starts::default(),
         guards: Guards::default(),
     });

@@ -9,6 +9,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use haulage_criu::lazy::{self, LazyRestore, Said};
 use haulage_protocol::fault::{Fault, FaultCode};
@@ -20,7 +21,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Signal, pidfd_send_signal};
 use tokio::sync::watch;
 
-use crate::failure::{STATE, fault};
+use crate::failure::{STATE, blocking, fault};
 use crate::kill::kill_container;
 use crate::page_server::{DONE, GUARD, LOG, MEMORY, Outcome, READY, forget, log_in, running_in};
 
@@ -28,6 +29,8 @@ use crate::page_server::{DONE, GUARD, LOG, MEMORY, Outcome, READY, forget, log_i
 pub(crate) const MEMORY_LOST: FaultCode = FaultCode::known("memory_lost");
 /// The program, beside our own.
 const PROGRAM: &str = "haul-page-server";
+/// A container that could not be killed is tried again after this.
+const KILL_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// How a container's memory fares.
 #[derive(Debug, Clone)]
@@ -58,9 +61,9 @@ impl Memories {
         let program = std::env::current_exe().map(|us| us.with_file_name(PROGRAM)).map_err(fault(STATE))?;
         let mut command = Command::new(&program);
         command.arg(store).arg(images).arg(container).current_dir(work);
-        // A signal to the restorer's group, such as Ctrl-C at a terminal, must not end it.
         let (relay, theirs) = UnixStream::pair().map_err(fault(STATE))?;
         let listener = listen(work).map_err(fault(STATE))?;
+        // A signal to the restorer's group, such as Ctrl-C at a terminal, must not end it.
         command.process_group(0).stdin(OwnedFd::from(theirs)).stdout(Stdio::piped());
         command.stderr(log_in(work).map_err(fault(STATE))?);
         let mut child = command.spawn().map_err(|error| {
@@ -98,7 +101,7 @@ impl Memories {
     /// # Errors
     /// [`MEMORY_LOST`]: it never will, and has been killed.
     pub(crate) async fn complete(
-        &self,
+        self: &Arc<Self>,
         migration: &MigrationId,
         work: &Path,
         container: &str,
@@ -106,7 +109,11 @@ impl Memories {
         let mut status = match self.watched(migration) {
             Some(status) => status,
             // This restorer is younger than the restore.
-            None => self.rejoin(migration, work, container)?,
+            None => {
+                let (memories, migration) = (self.clone(), migration.clone());
+                let (work, container) = (work.to_owned(), container.to_owned());
+                blocking(move || memories.rejoin(&migration, &work, &container)).await?
+            }
         };
         let ended = status.wait_for(|status| !matches!(status, Status::Filling)).await;
         match ended.as_deref() {
@@ -138,7 +145,7 @@ impl Memories {
             },
             None => tracing::info!(%migration, "the page server of an earlier life has ended"),
         }
-        let (_, status) = watch::channel(verdict(work, container));
+        let (_, status) = watch::channel(verdict(work, container).0);
         Ok(status)
     }
 
@@ -160,11 +167,15 @@ impl Memories {
             if let Some(child) = child {
                 end(child);
             }
-            let verdict = verdict(&work, &container);
-            // Only now: whoever waits for a page must not get zeros before it is known to be dead.
-            held.release();
+            let (verdict, mut over) = verdict(&work, &container);
             // Nobody may be interested any more.
             let _ = tell.send(verdict);
+            // Whoever waits for a page must not get zeros: nothing is let go before all is well or all are dead.
+            while !over {
+                std::thread::sleep(KILL_AGAIN_AFTER);
+                over = kill_container(&container).is_ok();
+            }
+            held.release();
         });
         status
     }
@@ -246,21 +257,22 @@ fn hold(guard: &UnixStream, held: &Held) {
     }
 }
 
-/// What became of a page server that has ended; without a good end, of its container too.
-fn verdict(work: &Path, container: &str) -> Status {
+/// What became of a page server that has ended; without a good end, of its container too. And whether nobody waits for
+/// a page any more.
+fn verdict(work: &Path, container: &str) -> (Status, bool) {
     let why = match Outcome::read(work) {
         Ok(Some(outcome)) => match outcome.error {
-            None => return Status::Complete(outcome),
+            None => return (Status::Complete(outcome), true),
             Some(error) => error,
         },
         Ok(None) => "the page server died".to_owned(),
         Err(error) => chain(&error),
     };
     match kill_container(container) {
-        Ok(()) => Status::Lost(why),
+        Ok(()) => (Status::Lost(why), true),
         Err(error) => {
             tracing::error!(container, %error, "a container with missing memory was not killed");
-            Status::Lost(format!("{why}; and it was not killed: {error}"))
+            (Status::Lost(format!("{why}; and it was not killed: {error}")), false)
         }
     }
 }

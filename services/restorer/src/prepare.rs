@@ -48,19 +48,24 @@ pub(crate) struct Waiting {
 
 impl Waiting {
     /// Sends the word, and waits for the engine to say that the container runs.
-    pub(crate) async fn go(mut self) -> Result<(), EngineErrorOrPanic> {
-        // A runtime that is gone has failed the start, which says more than a broken pipe.
-        let _ = self.runtime.write_all(&[GO]);
+    pub(crate) async fn go(mut self) -> Result<(), StartError> {
+        // A start that has failed meanwhile may have left the gate behind, which must not hear the word: nobody would
+        // know of what it restored.
+        if !self.start.is_finished() {
+            // A gate that is gone fails the start, which says more than a broken pipe.
+            let _ = self.runtime.write_all(&[GO]);
+        }
+        drop(self.runtime);
         match self.start.await {
-            Ok(started) => started.map_err(EngineErrorOrPanic::Engine),
-            Err(error) => Err(EngineErrorOrPanic::Task(error)),
+            Ok(started) => started.map_err(StartError::Engine),
+            Err(error) => Err(StartError::Task(error)),
         }
     }
 }
 
 /// Why a start did not succeed.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum EngineErrorOrPanic {
+pub(crate) enum StartError {
     #[error(transparent)]
     Engine(EngineError),
     #[error("the task that starts the container died")]

@@ -50,20 +50,25 @@ pub(crate) fn restore(
         armed_root.consume(create.id)?;
     }
     let status = runc.status();
-    if matches!(armed_root.state(create.id)?, State::Armed(_)) {
-        // The word has not come: nothing is restored, and nothing is used up.
+    if matches!(armed_root.state(create.id), Ok(State::Armed(_))) {
+        // The word has not come: nothing is restored, and nothing is used up. What runs all the same is not what was
+        // to come.
+        if matches!(&status, Ok(status) if status.success()) {
+            destroy(create);
+        }
         return Err(match cause(create, armed) {
             cause if cause.errors.is_empty() => Failure::CalledOff(armed.migration.clone()),
             cause => Failure::Restore { migration: armed.migration.clone(), cause },
         });
     }
-    let restored_in = armed_root.since_go(create.id)?.unwrap_or_else(|| restoring.elapsed());
+    // How long it took is worth no failure.
+    let took = || armed_root.since_go(create.id).ok().flatten().unwrap_or_else(|| restoring.elapsed());
     let mut outcome = Outcome {
         ok: matches!(&status, Ok(status) if status.success()),
         exit_code: status.as_ref().ok().and_then(|status| status.code()),
         error: None,
         prepare_us: micros(made),
-        restore_us: micros(restored_in),
+        restore_us: micros(took()),
         start_us: 0,
     };
     if outcome.ok {
@@ -72,8 +77,7 @@ pub(crate) fn restore(
         let shown = shown.and_then(|()| network.map_or(Ok(()), Network::open));
         let Err(failure) = shown else {
             announce(create, armed);
-            let start = armed_root.since_go(create.id)?;
-            outcome.start_us = micros(start.unwrap_or_else(|| restoring.elapsed()));
+            outcome.start_us = micros(took());
             // It is recorded as restored; this says only how long it took.
             let _ = armed_root.record_time(create.id, &outcome);
             return Ok(());

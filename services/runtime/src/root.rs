@@ -2,10 +2,10 @@
 //! and an overlay may keep what it saw before (`Documentation/filesystems/overlayfs.rst`, "Changes to underlying
 //! filesystems").
 
-use std::ffi::{CString, OsString};
+use std::ffi::CString;
 use std::fs;
 use std::io;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -116,9 +116,9 @@ fn unescape(field: &[u8]) -> Vec<u8> {
 /// When the bundle cannot be read, or names none.
 pub(crate) fn of(bundle: &Path) -> io::Result<PathBuf> {
     let config: serde_json::Value = serde_json::from_slice(&fs::read(bundle.join("config.json"))?)?;
-    let path = config.pointer("/root/path").and_then(serde_json::Value::as_str);
+    let path = config.get("root").and_then(|root| root.get("path")).and_then(serde_json::Value::as_str);
     let path = path.ok_or_else(|| io::Error::other("the bundle names no root"))?;
-    Ok(PathBuf::from(OsString::from_vec(bundle.join(path).into_os_string().into_vec())))
+    Ok(bundle.join(path))
 }
 
 #[cfg(test)]

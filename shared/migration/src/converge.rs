@@ -40,6 +40,9 @@ const NEARLY_NOTHING: Micros = Micros(5_000);
 const PREPARING: Micros = Micros(250_000);
 /// A pre-copy that lasts longer than this tracks no more than a round a second, unless it is getting somewhere.
 const LONG: Micros = Micros(2_000_000);
+/// So does one of more rounds than this: short ones come by the hundred, and the record, which holds them all, has to fit
+/// into one message.
+const MANY: usize = 64;
 const SECOND: Micros = Micros(1_000_000);
 /// Or one in so many parts of its time, so that a long deadline does not make a long record.
 const PARTS: u64 = 64;
@@ -153,7 +156,7 @@ pub fn pause(rounds: &[RoundReport], elapsed: Micros) -> Micros {
     let Some((last, before)) = rounds.split_last() else { return Micros(0) };
     let least = before.iter().rev().take(MOST_SETTLING).map(of).min();
     match least {
-        Some(least) if elapsed > LONG && nowhere(least, of(last)) => {
+        Some(least) if (elapsed > LONG || rounds.len() > MANY) && nowhere(least, of(last)) => {
             SECOND.max(Micros(elapsed.0 / PARTS)).since(last.took)
         }
         _ => Micros(0),

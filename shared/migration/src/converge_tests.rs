@@ -119,6 +119,8 @@ fn a_downtime_below_the_fixed_cost_is_neither_waited_for_nor_throttled_for() {
 fn a_round_a_second_is_enough_for_what_gets_nowhere() {
     let flat = [round(0, 1000, 50_000), round(1, 1000, 50_000)];
     assert_eq!(pause(&flat, LONG), Micros(0));
+    let many = vec![round(0, 1000, 50_000); MANY + 1];
+    assert!(pause(&many, LONG) > Micros(0) && pause(&many[1..], LONG) == Micros(0));
     assert_eq!(pause(&flat, Micros(LONG.0 + 1)), Micros(900_000));
     assert_eq!(pause(&flat, Micros(640_000_000)), Micros(9_900_000));
     assert_eq!(pause(&[round(0, 1000, 50_000), round(1, 1000, 40_000)], Micros(640_000_000)), Micros(0));

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::checkpointer::{Network, rpc};
+use crate::checkpointer::{Inspected, Network, rpc};
 use crate::id::ContainerId;
 use crate::rpc::{Rpc, Service};
 use crate::syncer::TargetRoot;
@@ -24,6 +24,19 @@ pub struct Check {
     pub disk: Bytes,
     /// The size of the image's layers, which need room where the image is missing.
     pub image_size: Bytes,
+}
+
+impl From<&Inspected> for Check {
+    fn from(inspected: &Inspected) -> Self {
+        Self {
+            spec: inspected.spec.clone(),
+            source: inspected.host.clone(),
+            image: inspected.image.clone(),
+            memory: inspected.memory,
+            disk: inspected.disk,
+            image_size: inspected.image_size,
+        }
+    }
 }
 
 /// The answer to [`Check`].
