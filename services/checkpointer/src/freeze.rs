@@ -17,6 +17,7 @@ use haulage_protocol::unit::Micros;
 use haulage_service::now;
 use haulage_sys::freezer::Freezer;
 use haulage_sys::netns::NetworkNamespace;
+use haulage_sys::packet::Capture;
 
 use crate::Checkpointer;
 use crate::drift;
@@ -41,7 +42,7 @@ pub(crate) async fn freeze(
         let begun = Notes::load(&service.config.migration_dir(&migration)).await?.is_some();
         drift::refuse(inspected, &captured.spec, begun)?;
     }
-    let (prepared, silence) = {
+    let (mut prepared, silence) = {
         let (service, migration, captured) = (service.clone(), migration.clone(), captured.clone());
         joined(tokio::task::spawn_blocking(move || prepare(&service, &migration, ask, &captured)).await)?
     };
@@ -53,7 +54,7 @@ pub(crate) async fn freeze(
     }
     let (worker, at) = (service.clone(), migration.clone());
     let frozen = tokio::task::spawn_blocking(move || {
-        let frozen = freeze_whole(&prepared, &captured.spec, silence)?;
+        let frozen = freeze_whole(&mut prepared, &captured.spec, silence)?;
         worker.put(&at, prepared);
         Ok(frozen)
     });
@@ -102,7 +103,7 @@ fn prepare(
     notes.write(&dir).map_err(fault(FREEZE))?;
     let mask = PagemapMask::prepare(&service.criu, Path::new(DEFAULT_PARENT)).map_err(fault(FREEZE))?;
     let change = quiet::Change::to_silence(&namespace).map_err(fault(FREEZE))?;
-    Ok((Session { notes, bundle, state: State::Frozen(mask) }, Silence { namespace, change }))
+    Ok((Session { notes, bundle, capture: None, state: State::Frozen(mask) }, Silence { namespace, change }))
 }
 
 /// The container's network, about to be silenced.
@@ -112,7 +113,7 @@ struct Silence {
 }
 
 /// On an error it runs again, but its network may be silent.
-fn freeze_whole(session: &Session, spec: &ContainerSpec, silence: Silence) -> Result<Frozen, Fault> {
+fn freeze_whole(session: &mut Session, spec: &ContainerSpec, silence: Silence) -> Result<Frozen, Fault> {
     let freezer = Freezer::open(&session.notes.freezer).map_err(fault(FREEZE))?;
     let began = Instant::now();
     let (at, processes) = loop {
@@ -129,6 +130,10 @@ fn freeze_whole(session: &Session, spec: &ContainerSpec, silence: Silence) -> Re
             }
         }
     };
+    // Just before packets are dropped: what is seen twice is harmless, what is not seen is waited for.
+    let capture = silence.namespace.run(Capture::begin).and_then(|begun| begun);
+    session.capture =
+        capture.inspect_err(|error| tracing::warn!(%error, "arriving packets are not kept")).ok();
     // Before its sockets are dumped: what the kernel acknowledged afterwards would be lost.
     let silenced = quiet::hush(&silence.namespace, silence.change).map_err(fault(FREEZE));
     match silenced.and_then(|()| mapped_writable(&processes, spec)) {

@@ -1,13 +1,13 @@
 //! The dump, and the hold that follows it.
 
-use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 use haulage_criu::dump::{self, DumpRequest};
 use haulage_criu::held::HeldDump;
 use haulage_criu::mask::PagemapMask;
+use haulage_criu::packets;
 use haulage_criu::rpc::NetworkLock;
 use haulage_engine::BundleFacts;
 use haulage_pages::maps::Maps;
@@ -17,19 +17,19 @@ use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::MigrationId;
 use haulage_protocol::unit::{Bytes, Micros};
 use haulage_sys::freezer::Freezer;
+use haulage_sys::packet::Capture;
 
 use crate::Checkpointer;
 use crate::failure::{DUMP, fault, joined};
 use crate::freeze::FREEZE_WITHIN;
 use crate::notes::{DUMP as DUMP_DIR, Notes};
 
-/// What runc's restore calls the network namespace that the bundle names.
-const RUNC_NETWORK: &str = "extRootNetNS";
-
 /// A container that this process has frozen.
 pub(crate) struct Session {
     pub(crate) notes: Notes,
     pub(crate) bundle: BundleFacts,
+    /// Packets that arrive since it is silent.
+    pub(crate) capture: Option<Capture>,
     pub(crate) state: State,
 }
 
@@ -81,17 +81,27 @@ fn dump_frozen(
         std::fs::create_dir_all(dir).map_err(fault(DUMP))?;
     }
     let mask = cover(mask, session)?;
-    let request = request(&session.bundle, images.clone(), work, network)?;
+    let request = request(&session.bundle, images.clone(), work, network);
     let held = dump::Dump::start(&service.criu, &request, Some(mask)).map_err(fault(DUMP))?;
     session.state = State::Held(held);
     // CRIU has thawed the cgroup and stops the tasks itself. Should it die, they shall stand still all the same.
     let freezer = Freezer::open(&session.notes.freezer).map_err(fault(DUMP))?;
     freezer.freeze(FREEZE_WITHIN).map_err(fault(DUMP))?;
+    keep_packets(migration, session, &images);
     Ok(Dumped {
         bytes: size(&images).map_err(fault(DUMP))?,
         images: images.to_string_lossy().into_owned(),
         took: Micros::from_duration(began.elapsed()),
     })
+}
+
+/// What has come since the container is silent goes to the target with the images. By now packets go there themselves.
+/// Those that are lost are sent again by those who sent them, so this fails nothing.
+fn keep_packets(migration: &MigrationId, session: &mut Session, images: &Path) {
+    let kept = session.capture.take().map(|capture| packets::drain(&capture)).transpose();
+    if let Err(error) = kept.and_then(|kept| packets::write(images, &kept.unwrap_or_default())) {
+        tracing::warn!(%migration, %error, "packets that arrived for the container were lost");
+    }
 }
 
 /// Hides the memory that the page-shipper carries.
@@ -108,29 +118,27 @@ fn cover(mut mask: PagemapMask, session: &Session) -> Result<PagemapMask, Fault>
     Ok(mask)
 }
 
-fn request(
-    bundle: &BundleFacts,
-    images: PathBuf,
-    work: PathBuf,
-    network: Network,
-) -> Result<DumpRequest, Fault> {
+fn request(bundle: &BundleFacts, images: PathBuf, work: PathBuf, network: Network) -> DumpRequest {
     let paths = |names: &[String]| names.iter().map(PathBuf::from).collect();
     let mut request = DumpRequest::new(bundle.init_pid, &bundle.rootfs, images, work);
     request.freeze_cgroup = Some(bundle.cgroup.freezer_dir.clone());
     request.external_mounts = paths(&bundle.external_mounts);
     request.null_masks = paths(&bundle.masked_null);
     request.descriptors.clone_from(&bundle.external_descriptors);
+    request.tmpfs =
+        bundle.tmpfs.iter().map(|tmpfs| (tmpfs.at.clone().into(), tmpfs.options.clone())).collect();
+    if bundle.cgroup.plain {
+        request.cgroups = dump::Cgroups::Ignored;
+    }
     if network == Network::Made {
         // The network is silenced by ourselves, here and there.
         request.network_lock = Some(NetworkLock::Skip);
-        let path = format!("/proc/{}/ns/net", bundle.init_pid);
-        let inode = std::fs::metadata(path).map_err(fault(DUMP))?.ino();
-        request.network = dump::Network::External { inode, name: RUNC_NETWORK.to_owned() };
+        request.network = dump::Network::Inherited;
     }
-    Ok(request)
+    request
 }
 
-fn size(dir: &std::path::Path) -> std::io::Result<Bytes> {
+fn size(dir: &Path) -> std::io::Result<Bytes> {
     let mut bytes = 0;
     for entry in std::fs::read_dir(dir)? {
         bytes += entry?.metadata()?.len();

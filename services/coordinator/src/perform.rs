@@ -13,7 +13,9 @@ use haulage_protocol::id::{ContainerId, HostId, Round, Step};
 use haulage_protocol::page_shipper::{
     ClosePages, FinalRound, OpenPages, PagesOpened, RunRound, StartTracking,
 };
-use haulage_protocol::restorer::{Adopt, Check, Create, Created, Prepare, Restore, Undo, Verify};
+use haulage_protocol::restorer::{
+    Adopt, Check, Create, Created, Prepare, Restore, TakePackets, Undo, Verify,
+};
 use haulage_protocol::rpc::{Command, Rpc, Service};
 use haulage_protocol::syncer::{
     CloseFiles, FilesOpened, OpenFiles, PersistFiles, PullImage, PushImage, SyncFiles, SyncRoot,
@@ -117,6 +119,10 @@ pub(crate) async fn perform(
             let container = ask.created()?.container.clone();
             let (store, descriptors) = (ask.pages()?.store.clone(), ask.inspected()?.descriptors.clone());
             ask.target(Prepare { container, store, descriptors }).await.map(Success::Prepared)
+        }
+        Effect::TakePackets => {
+            ask.target(TakePackets { container: ask.created()?.container.clone() }).await?;
+            Ok(Success::Unit)
         }
         Effect::Dump => {
             let network = record.facts.prepared.map(|prepared| prepared.network).unwrap_or_default();

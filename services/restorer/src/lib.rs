@@ -37,7 +37,7 @@ use haulage_engine::armed::{ArmedError, ArmedRoot, State};
 use haulage_engine::{Docker, Engine, HostFacts};
 use haulage_protocol::fault::Fault;
 use haulage_protocol::id::MigrationId;
-use haulage_protocol::restorer::{Adopt, Check, Create, Prepare, Restore, Undo, Verify};
+use haulage_protocol::restorer::{Adopt, Check, Create, Prepare, Restore, TakePackets, Undo, Verify};
 use haulage_service::Shell;
 use haulage_service::config::HostConfig;
 
@@ -127,6 +127,8 @@ pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>
     server.answer::<Create, _, _>(move |at, ask| create::create(s.clone(), at.migration, ask)).await?;
     let s = service.clone();
     server.answer::<Prepare, _, _>(move |at, ask| prepare::prepare(s.clone(), at.migration, ask)).await?;
+    let s = service.clone();
+    server.answer::<TakePackets, _, _>(move |at, _| prepare::take_packets(s.clone(), at.migration)).await?;
     let s = service.clone();
     server.answer::<Restore, _, _>(move |at, ask| restore::restore(s.clone(), at.migration, ask)).await?;
     let s = service.clone();

@@ -18,12 +18,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use haulage_criu::dump::DESCRIPTORS;
-use haulage_engine::armed::{Armed, GO};
+use haulage_engine::armed::{Armed, GO, TAKE};
 use haulage_engine::{ContainerSpec, Engine, EngineError};
 use haulage_protocol::checkpointer::Network;
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::MigrationId;
-use haulage_protocol::restorer::{Prepare, Prepared};
+use haulage_protocol::restorer::{PacketsTaken, Prepare, Prepared};
 use haulage_protocol::unit::Micros;
 use tokio::net::UnixListener;
 use tokio::task::JoinHandle;
@@ -164,6 +164,18 @@ pub(crate) async fn prepare(
     let prepared = Prepared { network, took: Micros::from_duration(began.elapsed()) };
     service.starts.lock().insert(migration, Waiting { runtime, start, prepared });
     Ok(prepared)
+}
+
+/// Has a runtime that waits take the container's packets. One that does not wait any more has nothing to take them for:
+/// the restore will tell.
+pub(crate) async fn take_packets(
+    service: Arc<Restorer>,
+    migration: MigrationId,
+) -> Result<PacketsTaken, Fault> {
+    if let Some(waiting) = service.starts.lock().get_mut(&migration) {
+        let _ = waiting.runtime.write_all(&[TAKE]);
+    }
+    Ok(PacketsTaken {})
 }
 
 /// An IPv6 address speaks of itself as soon as it is there, so such a network is made only when it may.

@@ -73,6 +73,9 @@ pub(crate) async fn restore(
         return Err(failed(&service, id, None).await);
     }
     service.guards.watch(dir, &migration, state.pid);
+    if let Some(lost) = spoke.as_ref().and_then(|outcome| outcome.packets_lost.as_ref()) {
+        tracing::warn!(%migration, error = lost, "packets that arrived meanwhile were lost, or it was not announced");
+    }
     let start = spoke.map_or(replied, |outcome| Duration::from_micros(outcome.start_us));
     Ok(Restored {
         at: now(),

@@ -3,7 +3,8 @@
 //! runc puts CRIU into the container's cgroup and, on version 1, tells it that this is the root of those in the
 //! images. On version 2 runc 1.1 does not tell (`criuApplyCgroups` in its `libcontainer`): the processes would go where
 //! they were on the source, out of the reach of the limits, and of the engine. So CRIU is told here, by a configuration
-//! file of its own, which runc passes on. A runc that tells it says the same.
+//! file of its own, which runc passes on. A runc that tells it says the same. The file also has what the images leave to
+//! the restore.
 
 use std::fs;
 use std::io;
@@ -26,20 +27,22 @@ const CONFIGURATION: &str = "criu.conf";
 /// Where runc makes the scopes of containers whose bundle names no slice.
 const DEFAULT_SLICE: &str = "system.slice";
 
-/// Has the bundle tell CRIU the cgroup that runc makes for the container, where runc does not.
+/// Has the bundle give CRIU a configuration file of the container's own, in `work`, which tells it the cgroup that runc
+/// makes for the container, where runc does not.
 ///
 /// # Errors
 /// [`Failure::Cgroup`]; the bundle is then not to be used.
 pub(crate) fn tell(bundle: &Path, id: &str, systemd: bool, work: &Path) -> Result<(), Failure> {
-    if !is_unified().map_err(cgroup)? {
-        return Ok(());
-    }
     let path = bundle.join("config.json");
     let mut config: Value = serde_json::from_slice(&fs::read(&path).map_err(cgroup)?).map_err(cgroup)?;
-    let given = config.pointer("/linux/cgroupsPath").and_then(Value::as_str).unwrap_or_default();
-    let place = if systemd { scope(given, id) } else { directory(given, id) }.map_err(cgroup)?;
-    let place = place.to_str().filter(|place| !place.contains(char::is_whitespace));
-    let place = place.ok_or_else(|| cgroup(format!("the cgroup {given:?} cannot be told to criu")))?;
+    let mut place = String::new();
+    if is_unified().map_err(cgroup)? {
+        let given = config.pointer("/linux/cgroupsPath").and_then(Value::as_str).unwrap_or_default();
+        let found = if systemd { scope(given, id) } else { directory(given, id) }.map_err(cgroup)?;
+        let found = found.to_str().filter(|place| !place.contains(char::is_whitespace));
+        let found = found.ok_or_else(|| cgroup(format!("the cgroup {given:?} cannot be told to criu")))?;
+        place = format!("cgroup-root {found}\n");
+    }
 
     let config = config.as_object_mut().ok_or_else(|| cgroup("the bundle's configuration is no object"))?;
     let annotations = config.entry("annotations").or_insert(Value::Null);
@@ -54,10 +57,19 @@ pub(crate) fn tell(bundle: &Path, id: &str, systemd: bool, work: &Path) -> Resul
         read => read.map_err(cgroup)?,
     };
     let ours = work.join(CONFIGURATION);
-    fs::write(&ours, format!("{theirs}\ncgroup-root {place}\n")).map_err(cgroup)?;
+    fs::write(&ours, format!("{theirs}\n{place}")).map_err(cgroup)?;
     let ours = ours.to_str().ok_or_else(|| cgroup("the working directory is not UTF-8"))?;
     annotations.insert(ANNOTATION.to_owned(), ours.into());
     fs::write(&path, Value::Object(std::mem::take(config)).to_string()).map_err(cgroup)
+}
+
+/// Adds `lines` to the configuration in `work`.
+///
+/// # Errors
+/// [`Failure::Cgroup`].
+pub(crate) fn add_configuration(work: &Path, lines: &str) -> Result<(), Failure> {
+    let file = fs::File::options().append(true).open(work.join(CONFIGURATION));
+    file.and_then(|mut file| io::Write::write_all(&mut file, lines.as_bytes())).map_err(cgroup)
 }
 
 fn cgroup(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Failure {

@@ -1,29 +1,35 @@
 //! The gate: what runc takes for CRIU while it restores a container whose state is not there yet.
 //!
 //! runc's own start takes longer than CRIU's restore. So it is started beforehand, and finds as `criu` this program,
-//! which lets every request through but that of the restore: with it, it waits for the word, and only then becomes
-//! CRIU. The request is looked at and left in the socket, so CRIU reads it as if nobody had been there.
+//! which lets every request through but that of the restore: with it, it leaves the conversation with runc to the
+//! [keeper](crate::keeper), waits for its word, and only then becomes CRIU, in the container's network namespace and in
+//! a mount namespace of its own, which holds what the images leave out and goes with it.
 //!
 //! ```text
 //!   haul-runtime ──▶ runc restore ──▶ gate (as criu swrk): peek ── other ──▶ CRIU
-//!                                                            └─ restore ──▶ waits ── GO ──▶ root anew ──▶ CRIU
+//!      keeper ◀── both ends ─────────────────────────────────┴─ restore ──▶ waits ── go ──▶ root anew ──▶ CRIU
 //! ```
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use haulage_criu::companion::Companion;
 use haulage_criu::rpc::{Kind, Request};
 use haulage_criu::swrk::Criu;
-use haulage_engine::armed::ArmedRoot;
-use haulage_sys::pass_fd;
+use haulage_engine::armed::{ArmedRoot, State};
+use haulage_sys::netns::NetworkNamespace;
+use haulage_sys::{mount_ns, pass_fd};
 use rustix::mount::{UnmountFlags, mount_bind_recursive, unmount};
+use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, recv, socketpair};
 
 use crate::failure::Failure;
-use crate::root;
+use crate::keeper::{BECOME_CRIU, CRIU_END, RUNC_END};
+use crate::{cgroup, root};
 
 /// The name by which runc starts CRIU, and us.
 pub(crate) const NAME: &str = "criu";
@@ -31,6 +37,8 @@ pub(crate) const NAME: &str = "criu";
 const CONTAINER: &str = "HAUL_GATE_CONTAINER";
 /// The root file system that is to be mounted anew.
 const ROOT: &str = "HAUL_GATE_ROOT";
+/// A path of the network namespace that was made for the container, if one was.
+pub(crate) const NETWORK: &str = "HAUL_GATE_NETWORK";
 /// Where the true CRIU is.
 const CRIU: &str = "HAUL_GATE_CRIU";
 /// The search path that CRIU gets: ours leads to the gate.
@@ -78,35 +86,78 @@ fn prepare(args: &[OsString]) -> Result<Command, Failure> {
         std::env::var_os(name).ok_or_else(|| Failure::Gate(io::Error::other(format!("{name} is not set"))))
     };
     let (id, container_root) = (setting(CONTAINER)?, PathBuf::from(setting(ROOT)?));
-    let id = id.to_string_lossy();
-    if let Some(request) =
-        request(args).map_err(Failure::Gate)?.filter(|request| request.kind == Kind::Restore as i32)
-    {
-        let armed = ArmedRoot::from_env();
-        if !armed.wait(&id)? {
-            return Err(Failure::CalledOff(id.into_owned()));
-        }
-        // Noted before anything else, so that the time is known of which it counts.
-        armed.note_go(&id)?;
-        renew(&container_root, &request).map_err(Failure::Root)?;
-        armed.consume(&id)?;
-    }
     let mut criu = Command::new(setting(CRIU)?);
-    criu.args(args).arg0(NAME).env("PATH", setting(PATH)?);
-    for name in [CONTAINER, ROOT, CRIU, PATH] {
+    criu.arg0(NAME).env("PATH", setting(PATH)?);
+    match request(args).map_err(Failure::Gate)? {
+        Some((number, request)) if request.kind == Kind::Restore as i32 => {
+            let end = restore(number, &request, &id.to_string_lossy(), &container_root)?;
+            criu.args(["swrk", &end.to_string()]);
+        }
+        _ => {
+            criu.args(args);
+        }
+    }
+    for name in [CONTAINER, ROOT, CRIU, PATH, NETWORK] {
         criu.env_remove(name);
     }
     Ok(criu)
 }
 
-/// The request that waits in the socket of `criu swrk FD`, which stays there. Any other call has none.
-fn request(args: &[OsString]) -> io::Result<Option<Request>> {
+/// Waits for the word, and makes the world as CRIU is to find it; the number of its end of the conversation.
+fn restore(number: RawFd, request: &Request, id: &str, container_root: &Path) -> Result<RawFd, Failure> {
+    let armed_root = ArmedRoot::from_env();
+    let State::Armed(armed) = armed_root.state(id)? else {
+        return Err(Failure::Gate(io::Error::other("the container is not armed")));
+    };
+    let end = hand_over(number, &armed_root, id)?;
+    let mut word = [0; 8];
+    let (length, _) =
+        recv(&end, &mut word[..], RecvFlags::empty()).map_err(|errno| Failure::Gate(errno.into()))?;
+    if word.get(..length) != Some(BECOME_CRIU) {
+        return Err(Failure::CalledOff(armed.migration));
+    }
+    renew(container_root, request).map_err(Failure::Root)?;
+    armed_root.consume(id)?;
+    // CRIU looks for directories that it is told by number in the process that has made the connection: so far runc.
+    let directories = [("images-dir", &armed.images), ("work-dir", &armed.work)];
+    for (option, path) in directories {
+        cgroup::add_configuration(&armed.work, &format!("{option} {}\n", path.display()))?;
+    }
+    let provided = mount_ns::enter_private_mounts()
+        .and_then(|()| Companion::read(&armed.images))
+        .and_then(|companion| companion.map(|companion| companion.provide(&armed.work)).transpose())
+        .map_err(Failure::Root)?;
+    if let Some(lines) = provided {
+        cgroup::add_configuration(&armed.work, &lines)?;
+    }
+    if let Some(network) = std::env::var_os(NETWORK) {
+        let entered = NetworkNamespace::at(Path::new(&network)).and_then(|network| network.enter());
+        entered.map_err(|error| Failure::Network(error.into()))?;
+    }
+    pass_fd::leave_to_successor(end).map_err(Failure::Gate)
+}
+
+/// From here on the keeper talks with runc, and with us over what is returned.
+fn hand_over(number: RawFd, armed_root: &ArmedRoot, id: &str) -> Result<OwnedFd, Failure> {
+    let runc = pass_fd::duplicate_inherited(number).map_err(Failure::Gate)?;
+    let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
+    let (ours, keeper_s) = pair.map_err(|errno| Failure::Gate(errno.into()))?;
+    let keeper = armed_root.connect_to_gate(id)?;
+    pass_fd::send(&keeper, RUNC_END, Some(runc.as_fd()))
+        .and_then(|()| pass_fd::send(&keeper, CRIU_END, Some(keeper_s.as_fd())))
+        .map_err(Failure::Gate)?;
+    Ok(ours)
+}
+
+/// The request that waits in the socket of `criu swrk FD`, which stays there, and FD. Any other call has none.
+fn request(args: &[OsString]) -> io::Result<Option<(RawFd, Request)>> {
     let [verb, number] = args else { return Ok(None) };
     let number = number.to_str().and_then(|number| number.parse().ok()).filter(|_| verb == "swrk");
     let Some(number) = number else { return Ok(None) };
     let mut bytes = vec![0; MAX_REQUEST];
     let length = pass_fd::peek_inherited(number, &mut bytes)?;
-    Request::decode_bytes(bytes.get(..length).unwrap_or_default()).map(Some).map_err(io::Error::other)
+    let request = Request::decode_bytes(bytes.get(..length).unwrap_or_default()).map_err(io::Error::other)?;
+    Ok(Some((number, request)))
 }
 
 /// The engine's mount of the container's root, and runc's of the same for CRIU, which is a bind of it.

@@ -10,6 +10,7 @@ mod args;
 mod cgroup;
 mod failure;
 mod gate;
+mod keeper;
 mod network;
 mod restore;
 mod root;

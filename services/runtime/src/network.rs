@@ -7,11 +7,15 @@
 
 use std::fs;
 use std::io::Write;
-use std::path::Path;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use haulage_criu::packets;
 use haulage_criu::quiet::{self, Change};
+use haulage_sys::arp::announce_in;
 use haulage_sys::netns::NetworkNamespace;
+use haulage_sys::packet::Capture;
 use serde_json::{Map, Value, json};
 
 use crate::failure::Failure;
@@ -28,6 +32,8 @@ pub(crate) struct Network {
     namespace: NetworkNamespace,
     arp_ignore: String,
     speech: Change,
+    /// Packets that arrive, once they shall come here.
+    capture: Option<Capture>,
 }
 
 impl Network {
@@ -62,15 +68,58 @@ impl Network {
         let arp_ignore =
             sysctl(&config, "net.ipv4.conf.all.arp_ignore").map_or(arp_ignore, ToOwned::to_owned);
         let speech = Change::to_speech(&namespace).map_err(network)?;
-        Ok(Self { namespace, arp_ignore, speech })
+        Ok(Self { namespace, arp_ignore, speech, capture: None })
     }
 
-    /// The container is there: its network speaks.
+    /// A path under which any process with the right to can open it, for as long as this exists.
+    pub(crate) fn path(&self) -> PathBuf {
+        self.namespace.path()
+    }
+
+    /// The container stands still on its source: its packets shall come here, where they are kept. It is asked for by
+    /// ARP and answers, but nothing gets further.
+    ///
+    /// # Errors
+    /// [`Failure::Network`]; the packets may go either way then.
+    pub(crate) fn take(&mut self, addresses: &[(String, Ipv4Addr)]) -> Result<(), Failure> {
+        self.capture = Some(self.namespace.run(Capture::begin).map_err(network)?.map_err(network)?);
+        quiet::answer(&self.namespace, &self.arp_ignore).map_err(network)?;
+        announce_in(&self.namespace, addresses).map(drop).map_err(network)
+    }
+
+    /// It is no longer answered to ARP: the container may go on where it was.
+    ///
+    /// # Errors
+    /// [`Failure::Network`].
+    pub(crate) fn stop_answering(&self) -> Result<(), Failure> {
+        quiet::never_answer(&self.namespace).map_err(network)
+    }
+
+    /// The container is there: its network speaks, and what was kept for it, beside its images in `images` or here,
+    /// arrives. How many packets that were, and why others were lost.
     ///
     /// # Errors
     /// [`Failure::Network`]: it may be silent for ever.
-    pub(crate) fn open(self) -> Result<(), Failure> {
-        quiet::end(&self.namespace, self.speech, &self.arp_ignore).map_err(network)
+    pub(crate) fn open(
+        self,
+        images: &Path,
+        addresses: &[(String, Ipv4Addr)],
+    ) -> Result<(u32, Option<std::io::Error>), Failure> {
+        quiet::end(&self.namespace, self.speech, &self.arp_ignore).map_err(network)?;
+        // What is lost is sent again, later than it could be.
+        let here = || self.capture.as_ref().map(packets::drain).transpose();
+        let kept = packets::read(images).and_then(|there| Ok([there, here()?.unwrap_or_default()].concat()));
+        let put = kept.and_then(|kept| {
+            self.namespace.run(|| packets::put_back(&kept))??;
+            Ok(u32::try_from(kept.len()).unwrap_or(u32::MAX))
+        });
+        // Switches and neighbours may still point at the old host. If they are not told they find the container when
+        // they ask again.
+        let announced = announce_in(&self.namespace, addresses).map(drop);
+        match put {
+            Ok(count) => Ok((count, announced.err())),
+            Err(error) => Ok((0, Some(error))),
+        }
     }
 }
 
@@ -192,7 +241,7 @@ mod tests {
             |path: &'static str| network.namespace.run(move || fs::read_to_string(path).unwrap()).unwrap();
         assert_eq!(read("/proc/sys/net/ipv4/ip_default_ttl"), "77\n");
         assert_eq!(read("/proc/sys/net/ipv4/conf/all/arp_ignore"), "8\n", "it is silent");
-        network.open().unwrap();
+        network.open(dir.path(), &[]).unwrap();
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use haulage_criu::cause::Cause;
 use haulage_engine::armed::{Armed, ArmedRoot, Outcome, State};
@@ -15,6 +15,7 @@ use crate::args::{Create, global, has_global};
 use crate::cgroup;
 use crate::failure::Failure;
 use crate::gate;
+use crate::keeper::{Keeper, Kept, micros};
 use crate::network::Network;
 use crate::root;
 
@@ -36,7 +37,7 @@ pub(crate) fn restore(
     let arguments = arguments(create, armed)?;
     let bundle = create.options.iter().find(|(name, _)| *name == "bundle").map(|(_, path)| Path::new(path));
     let bundle = bundle.ok_or(Failure::Missing("bundle"))?;
-    let network = armed.network_first.then(|| Network::make(bundle, create.id)).transpose()?;
+    let mut network = armed.network_first.then(|| Network::make(bundle, create.id)).transpose()?;
     cgroup::tell(bundle, create.id, has_global(create.globals, "systemd-cgroup"), &armed.work)?;
     let made = called.elapsed();
     let restoring = Instant::now();
@@ -49,50 +50,80 @@ pub(crate) fn restore(
     } else {
         armed_root.consume(create.id)?;
     }
-    let status = runc.status();
+    let outcome = Outcome { prepare_us: micros(made), ..Outcome::default() };
+    let (status, kept, mut outcome) = if armed.wait {
+        if let Some(network) = &network {
+            runc.env(gate::NETWORK, network.path());
+        }
+        let listener = armed_root.listen_at_gate(create.id)?;
+        let keeper =
+            Keeper { armed_root, id: create.id, armed, network: network.take(), outcome: outcome.clone() };
+        let (status, kept) = std::thread::scope(|scope| {
+            let kept = scope.spawn(|| keeper.keep(&listener));
+            let status = runc.status();
+            // A keeper to whom the gate has not come waits for it no more.
+            drop(armed_root.connect_to_gate(create.id));
+            (status, kept.join())
+        });
+        (status, kept.unwrap_or_else(|panic| std::panic::resume_unwind(panic)), outcome)
+    } else {
+        (runc.status(), Ok(Kept::Silent), outcome)
+    };
+    let succeeded = matches!(&status, Ok(status) if status.success());
     if matches!(armed_root.state(create.id), Ok(State::Armed(_))) {
         // The word has not come: nothing is restored, and nothing is used up. What runs all the same is not what was
         // to come.
-        if matches!(&status, Ok(status) if status.success()) {
+        if succeeded {
             destroy(create);
         }
-        return Err(match cause(create, armed) {
-            cause if cause.errors.is_empty() => Failure::CalledOff(armed.migration.clone()),
-            cause => Failure::Restore { migration: armed.migration.clone(), cause },
+        return Err(match (kept, cause(create, armed)) {
+            (Err(failure), _) => failure,
+            (Ok(_), cause) if cause.errors.is_empty() => Failure::CalledOff(armed.migration.clone()),
+            (Ok(_), cause) => Failure::Restore { migration: armed.migration.clone(), cause },
         });
     }
     // How long it took is worth no failure.
     let took = || armed_root.since_go(create.id).ok().flatten().unwrap_or_else(|| restoring.elapsed());
-    let mut outcome = Outcome {
-        ok: matches!(&status, Ok(status) if status.success()),
-        exit_code: status.as_ref().ok().and_then(|status| status.code()),
-        error: None,
-        prepare_us: micros(made),
-        restore_us: micros(took()),
-        start_us: 0,
-    };
-    if outcome.ok {
-        // A container that runs unknown to the restorer could run twice; until now nobody has heard from it.
-        let shown = armed_root.record(create.id, &outcome).map_err(Failure::Record);
-        let shown = shown.and_then(|()| network.map_or(Ok(()), Network::open));
-        let Err(failure) = shown else {
-            announce(create, armed);
-            outcome.start_us = micros(took());
+    let failure = match kept {
+        Ok(Kept::Speaks(spoke)) if succeeded => {
+            // The network had been there, or has been made by runc, and was never silent.
+            if spoke.start_us == 0 {
+                announce(create, armed);
+            }
+            outcome = Outcome { exit_code: Some(0), ..spoke };
+            outcome.start_us = if outcome.start_us == 0 { micros(took()) } else { outcome.start_us };
             // It is recorded as restored; this says only how long it took.
             let _ = armed_root.record_time(create.id, &outcome);
             return Ok(());
-        };
-        destroy(create);
-        outcome.ok = false;
-        outcome.error = Some(failure.chain());
-        // Without a good record it counts as failed.
-        let _ = armed_root.record(create.id, &outcome);
-        return Err(failure);
-    }
-    let failure = match status {
-        Err(error) => Failure::Runc(error),
-        Ok(_) => Failure::Restore { migration: armed.migration.clone(), cause: cause(create, armed) },
+        }
+        // Without a gate: a container that runs unknown to the restorer could run twice; until now nobody has heard
+        // from it.
+        Ok(_) if succeeded => {
+            let recorded =
+                Outcome { ok: true, exit_code: Some(0), restore_us: micros(took()), ..outcome.clone() };
+            let shown = armed_root.record(create.id, &recorded).map_err(Failure::Record);
+            let shown = shown.and_then(|()| {
+                network.map_or(Ok(()), |network| network.open(&armed.images, &armed.addresses).map(drop))
+            });
+            match shown {
+                Ok(()) => {
+                    announce(create, armed);
+                    let _ =
+                        armed_root.record_time(create.id, &Outcome { start_us: micros(took()), ..recorded });
+                    return Ok(());
+                }
+                Err(failure) => failure,
+            }
+        }
+        Err(failure) => failure,
+        Ok(_) => match &status {
+            Err(error) => Failure::Runc(std::io::Error::new(error.kind(), error.to_string())),
+            Ok(_) => Failure::Restore { migration: armed.migration.clone(), cause: cause(create, armed) },
+        },
     };
+    // What may have come to life before it failed must not go on.
+    destroy(create);
+    outcome.exit_code = status.ok().and_then(|status| status.code());
     outcome.error = Some(failure.chain());
     // The reason of the failure matters more than that it could not be recorded: without a record it counts as failed.
     let _ = armed_root.record(create.id, &outcome);
@@ -165,10 +196,6 @@ fn destroy(create: &Create<'_>) {
     args.extend(["delete", "--force", create.id].map(Into::into));
     // The failure that is being reported says what matters; the engine deletes a container that it could not create.
     let _ = Command::new(RUNC).args(args).status();
-}
-
-fn micros(duration: Duration) -> u64 {
-    duration.as_micros().try_into().unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -6,11 +6,16 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use haulage_sys::Pid;
+
 use crate::cause::Cause;
+use crate::companion::Companion;
 use crate::held::HeldDump;
 use crate::mask::{MaskError, PagemapMask};
+use crate::quiet::namespace_of;
 use crate::rpc::{CgroupMode, Kind, NetworkLock, Options, Request};
 use crate::swrk::{Criu, RpcError, Worker};
+use crate::tmpfs::SmallTmpfs;
 
 /// CRIU's log in the working directory of a dump.
 pub const DUMP_LOG: &str = "dump.log";
@@ -26,13 +31,19 @@ const CLONE_NEWNET: u32 = 0x4000_0000;
 pub enum Network {
     /// Its devices and addresses are not dumped: the target's engine makes them. Sockets and connections are.
     Empty,
-    /// It is only named: the restore joins one that exists under this name.
-    External {
-        /// The inode of the namespace (`/proc/<pid>/ns/net`).
-        inode: u64,
-        /// The name that the restore knows; runc's is `extRootNetNS`.
-        name: String,
-    },
+    /// It is not in the images at all: CRIU runs in the tree's namespace, here and in the restore, and takes it for a
+    /// part of the world. Nor does it walk the kernel's table of connections then, 10 ms each of two times on a host
+    /// whose table has 262,144 buckets.
+    Inherited,
+}
+
+/// What becomes of cgroups.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cgroups {
+    /// They are in the images, properties of those that CRIU will make included.
+    Dumped,
+    /// They are left out: all tasks are in the container's own cgroup, and the restore runs in that of its own.
+    Ignored,
 }
 
 /// A dump of a container's processes.
@@ -54,10 +65,15 @@ pub struct DumpRequest {
     pub external_mounts: Vec<PathBuf>,
     /// Masked paths that are bind mounts of `/dev/null`; runc's restore knows them by that name.
     pub null_masks: Vec<PathBuf>,
+    /// The container's own tmpfs mounts, each with its options as the kernel shows them. Those that are small go as a list
+    /// ([`SmallTmpfs`]), the others are packed by CRIU.
+    pub tmpfs: Vec<(PathBuf, String)>,
     /// What the standard streams of init were (runc's state, `external_descriptors`), e.g. `pipe:[1234]`.
     pub descriptors: Vec<String>,
     /// See [`Network`].
     pub network: Network,
+    /// See [`Cgroups`].
+    pub cgroups: Cgroups,
     /// How packets are kept away meanwhile; CRIU's default where `None`.
     pub network_lock: Option<NetworkLock>,
     /// Dump established TCP connections rather than fail on them.
@@ -86,8 +102,10 @@ impl DumpRequest {
             freeze_cgroup: None,
             external_mounts: Vec::new(),
             null_masks: Vec::new(),
+            tmpfs: Vec::new(),
             descriptors: Vec::new(),
             network: Network::Empty,
+            cgroups: Cgroups::Dumped,
             network_lock: None,
             tcp_established: true,
             ghost_limit: None,
@@ -96,17 +114,25 @@ impl DumpRequest {
         }
     }
 
-    fn options(&self, images: &OwnedFd, work: &OwnedFd) -> Options {
+    /// What the images will lack.
+    fn companion(&self) -> io::Result<Companion> {
+        let pid = Pid::from_raw(self.pid).ok_or(io::ErrorKind::InvalidInput)?;
+        let read = |(at, options): &(PathBuf, String)| SmallTmpfs::read(pid, at, options).transpose();
+        let tmpfs = self.tmpfs.iter().filter_map(read).collect::<io::Result<_>>()?;
+        Ok(Companion::new(self.cgroups == Cgroups::Ignored, tmpfs))
+    }
+
+    fn options(&self, images: &OwnedFd, work: &OwnedFd, companion: &Companion) -> Options {
         let text = |path: &Path| path.to_string_lossy().into_owned();
         let binds = self.external_mounts.iter().map(|path| format!("mnt[{0}]:{0}", text(path)));
         let nulls = self.null_masks.iter().map(|path| format!("mnt[{}]:/dev/null", text(path)));
-        let mut external: Vec<_> = binds.chain(nulls).collect();
-        let empty_ns = match &self.network {
-            Network::Empty => Some(CLONE_NEWNET),
-            Network::External { inode, name } => {
-                external.push(format!("net[{inode}]:{name}"));
-                None
-            }
+        let lists = companion.tmpfs.iter().enumerate();
+        let lists = lists.map(|(index, list)| format!("mnt[{}]:{}", text(&list.at), Companion::key(index)));
+        let external = binds.chain(nulls).chain(lists).collect();
+        let empty_ns = (self.network == Network::Empty).then_some(CLONE_NEWNET);
+        let cgroups = match self.cgroups {
+            Cgroups::Dumped => CgroupMode::Soft,
+            Cgroups::Ignored => CgroupMode::Ignore,
         };
         Options {
             images_dir_fd: images.as_raw_fd(),
@@ -124,7 +150,7 @@ impl DumpRequest {
             log_file: Some(DUMP_LOG.to_owned()),
             notify_scripts: Some(true),
             root: Some(text(&self.rootfs)),
-            manage_cgroups_mode: Some(CgroupMode::Soft.into()),
+            manage_cgroups_mode: Some(cgroups.into()),
             ghost_limit: self.ghost_limit,
             external,
             empty_ns,
@@ -184,12 +210,19 @@ impl Dump {
             .map_err(io::Error::from)
             .and_then(|bytes| fs::write(&descriptors, bytes))
             .map_err(at(&descriptors))?;
+        let companion = request.companion().map_err(at(Path::new("/proc")))?;
+        companion.write(&request.images).map_err(at(&request.images))?;
         let early = request.work.join(EARLY_LOG);
         let stderr = File::create(&early).map_err(at(&early))?;
         let view = mask.as_ref().map(PagemapMask::view).transpose()?;
-        let mut worker = Worker::start(criu, view.as_ref(), Some(stderr)).map_err(DumpError::Rpc)?;
+        let network = match request.network {
+            Network::Empty => None,
+            Network::Inherited => Some(namespace_of(request.pid).map_err(at(Path::new("/proc")))?),
+        };
+        let started = Worker::start(criu, view.as_ref(), network, Some(stderr));
+        let mut worker = started.map_err(DumpError::Rpc)?;
         let log = request.work.join(DUMP_LOG);
-        match run(&mut worker, request.options(&images, &work), request.patience) {
+        match run(&mut worker, request.options(&images, &work, &companion), request.patience) {
             Ok(()) => Ok(HeldDump::new(worker, mask, log)),
             Err(error) => {
                 // CRIU logs and undoes until it ends; only then has the log its reason and the tree its freedom.
@@ -243,7 +276,8 @@ mod tests {
         let mut request = DumpRequest::new(7, "/root fs", "/images", "/work");
         request.external_mounts = vec!["/etc/hosts".into(), "/sys/fs/cgroup/memory".into()];
         request.null_masks = vec!["/proc/kcore".into()];
-        let options = request.options(&null(), &null());
+        let nothing = Companion::new(false, Vec::new());
+        let options = request.options(&null(), &null(), &nothing);
         assert_eq!(
             options.external,
             [
@@ -253,9 +287,8 @@ mod tests {
             ]
         );
         assert_eq!(options.empty_ns, Some(CLONE_NEWNET));
-        request.network = Network::External { inode: 42, name: "extRootNetNS".into() };
-        let options = request.options(&null(), &null());
-        assert_eq!(options.external.last().unwrap(), "net[42]:extRootNetNS");
+        request.network = Network::Inherited;
+        let options = request.options(&null(), &null(), &nothing);
         assert_eq!(options.empty_ns, None);
     }
 }

@@ -13,6 +13,7 @@
 //! All calls block; none belongs on an async executor.
 
 pub mod cause;
+pub mod companion;
 pub mod dump;
 pub mod held;
 pub mod image;
@@ -21,9 +22,11 @@ pub mod lazy;
 pub mod mask;
 pub mod merge;
 pub mod mm;
+pub mod packets;
 pub mod pagemap;
 pub mod pstree;
 pub mod quiet;
 pub mod rpc;
 pub mod swrk;
+pub mod tmpfs;
 pub mod version;

@@ -102,6 +102,22 @@ pub fn hush(namespace: &NetworkNamespace, mut change: Change) -> io::Result<()> 
     change.commit()
 }
 
+/// Lets a silent namespace be asked for by ARP as `setting` says. No packet gets in or out all the same.
+///
+/// # Errors
+/// When the namespace cannot be entered or changed.
+pub fn answer(namespace: &NetworkNamespace, setting: &str) -> io::Result<()> {
+    namespace.run(|| std::fs::write(ARP_IGNORE, setting))?
+}
+
+/// The end of [`answer`].
+///
+/// # Errors
+/// As that.
+pub fn never_answer(namespace: &NetworkNamespace) -> io::Result<()> {
+    answer(namespace, NEVER_REPLY)
+}
+
 /// Whether [`hush`] was complete, and is.
 ///
 /// # Errors

@@ -165,6 +165,16 @@ pub struct Response {
     pub version: Option<VersionNumbers>,
 }
 
+impl Response {
+    /// Reads an answer or a notification that is for somebody else.
+    ///
+    /// # Errors
+    /// When it is none.
+    pub fn decode_bytes(bytes: &[u8]) -> Result<Self, prost::DecodeError> {
+        prost::Message::decode(bytes)
+    }
+}
+
 /// `criu_restore_resp`.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Restored {

@@ -8,6 +8,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use haulage_sys::mount_ns;
+use haulage_sys::netns::NetworkNamespace;
 use prost::Message;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
@@ -110,13 +111,14 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Starts a worker with `stderr` for what it says before it has a log file.
+    /// Starts a worker with `stderr` for what it says before it has a log file, in `network` if one is given.
     ///
     /// The worker outlives us only until it next speaks: it then finds the connection closed, and undoes. It gets no
     /// parent-death signal on purpose: a CRIU killed in the middle leaves sockets in repair mode and packets locked out.
     pub(crate) fn start(
         criu: &Criu,
         view: Option<&WorkerView>,
+        network: Option<NetworkNamespace>,
         stderr: Option<File>,
     ) -> Result<Self, RpcError> {
         let start = |source| RpcError::Start { program: criu.program.clone(), source };
@@ -128,6 +130,9 @@ impl Worker {
         cmd.arg("swrk").arg(number.to_string());
         cmd.stdin(Stdio::null()).stdout(Stdio::null());
         cmd.stderr(stderr.map_or_else(Stdio::null, Stdio::from));
+        if let Some(network) = network {
+            network.enter_on_start(&mut cmd);
+        }
         let mut child = match view {
             None => {
                 let spawned = cmd.spawn();

@@ -12,7 +12,7 @@
 //! life is never started empty in its place; only [`ArmedRoot::disarm`] frees it.
 
 use std::fs;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Write};
 use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::DirBuilderExt;
@@ -30,14 +30,19 @@ pub const DEFAULT_ROOT: &str = "/run/haul/armed";
 /// The environment variable that moves the directory, for tests and for several engines on one machine.
 pub const ROOT_ENV: &str = "HAUL_ARMED_DIR";
 
-/// What a runtime that waits is sent when it shall restore. Anything else, and the end of the connection, calls it off.
+/// What a runtime that waits is sent when it shall restore. Anything but this and [`TAKE`], and the end of the
+/// connection, calls it off.
 pub const GO: u8 = b'g';
+/// What it is sent, before [`GO`], when the container stands still on its source: its packets shall come here and be
+/// kept.
+pub const TAKE: u8 = b't';
 
 const ARMED: &str = "armed.json";
 const CONSUMED: &str = "consumed.json";
 const OUTCOME: &str = "outcome.json";
 const RESTORED: &str = "started-by-restore";
 const GO_SOCKET: &str = "go.socket";
+const GATE_SOCKET: &str = "gate.socket";
 const GONE: &str = "go";
 
 /// What the runtime restores in place of a fresh start.
@@ -88,7 +93,7 @@ impl Armed {
 }
 
 /// How a restore ended, written by the runtime for the restorer.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Outcome {
     /// The container runs.
     pub ok: bool,
@@ -102,6 +107,12 @@ pub struct Outcome {
     pub restore_us: u64,
     /// From the word to go on until the container ran and was announced, in microseconds; zero until it was.
     pub start_us: u64,
+    /// Packets that arrived while it stood still, and that it got.
+    #[serde(default)]
+    pub put_back: u32,
+    /// Why others were lost, or it was not announced. Those who sent them send them again.
+    #[serde(default)]
+    pub packets_lost: Option<String>,
 }
 
 /// What stands about a container.
@@ -237,20 +248,31 @@ impl ArmedRoot {
         reachable(&path).and_then(|(path, _dir)| UnixListener::bind(path)).map_err(at(&path))
     }
 
-    /// Waits, as the runtime of container `id`, until it is told to go on: false when it was called off.
+    /// Connects, as the runtime of container `id`, to whoever says [`TAKE`] and [`GO`].
     ///
     /// # Errors
-    /// When there is nobody to ask.
-    pub fn wait(&self, id: &str) -> Result<bool> {
+    /// When there is nobody.
+    pub fn connect(&self, id: &str) -> Result<UnixStream> {
         let path = self.dir(id)?.join(GO_SOCKET);
-        let connected = reachable(&path).and_then(|(path, _dir)| UnixStream::connect(path));
-        let mut word = Vec::new();
-        let heard = connected.and_then(|stream| stream.take(1).read_to_end(&mut word));
-        match heard {
-            Ok(_) => Ok(word == [GO]),
-            Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(false),
-            Err(error) => Err(at(&path)(error)),
-        }
+        reachable(&path).and_then(|(path, _dir)| UnixStream::connect(path)).map_err(at(&path))
+    }
+
+    /// Listens, as the runtime of container `id`, for what stands in CRIU's place.
+    ///
+    /// # Errors
+    /// Of the file system.
+    pub fn listen_at_gate(&self, id: &str) -> Result<UnixListener> {
+        let path = self.dir(id)?.join(GATE_SOCKET);
+        reachable(&path).and_then(|(path, _dir)| UnixListener::bind(path)).map_err(at(&path))
+    }
+
+    /// Connects to it.
+    ///
+    /// # Errors
+    /// When there is nobody.
+    pub fn connect_to_gate(&self, id: &str) -> Result<UnixStream> {
+        let path = self.dir(id)?.join(GATE_SOCKET);
+        reachable(&path).and_then(|(path, _dir)| UnixStream::connect(path)).map_err(at(&path))
     }
 
     /// Notes that the word was given, for [`ArmedRoot::since_go`].
@@ -276,9 +298,12 @@ impl ArmedRoot {
     /// Records how the restore of `id` ended; a success also lets the next `start` pass once.
     pub fn record(&self, id: &str, outcome: &Outcome) -> Result<()> {
         let dir = self.dir(id)?;
-        if outcome.ok {
-            let marker = dir.join(RESTORED);
-            fs::write(&marker, "").map_err(at(&marker))?;
+        let marker = dir.join(RESTORED);
+        match outcome.ok {
+            true => fs::write(&marker, "").map_err(at(&marker))?,
+            false => {
+                self.take_restored(id)?;
+            }
         }
         write_whole(&dir.join(OUTCOME), outcome)
     }
@@ -355,11 +380,12 @@ fn write_whole<T: Serialize>(path: &Path, value: &T) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Read;
 
     const ID: &str = "0123456789abcdef";
 
     fn outcome(ok: bool) -> Outcome {
-        Outcome { ok, exit_code: Some(0), error: None, prepare_us: 1, restore_us: 2, start_us: 3 }
+        Outcome { ok, exit_code: Some(0), error: None, ..Outcome::default() }
     }
 
     fn root() -> (tempfile::TempDir, ArmedRoot) {
@@ -389,19 +415,30 @@ mod tests {
     }
 
     #[test]
-    fn a_runtime_waits_until_it_is_told() {
+    fn a_runtime_finds_who_tells_it() {
         let (_dir, root) = root();
-        assert!(root.wait(ID).is_err(), "nobody listens");
-        for (word, expected) in [(&[GO][..], true), (&[][..], false), (&b"x"[..], false)] {
-            root.disarm(ID).unwrap();
-            root.arm(ID, &Armed { wait: true, ..Armed::new("m-1", "/images", "/work") }).unwrap();
-            let listener = root.listen(ID).unwrap();
-            std::thread::scope(|scope| {
-                let waits = scope.spawn(|| root.wait(ID).unwrap());
-                listener.accept().unwrap().0.write_all(word).unwrap();
-                assert_eq!(waits.join().unwrap(), expected);
-            });
-        }
+        assert!(root.connect(ID).is_err() && root.connect_to_gate(ID).is_err(), "nobody listens");
+        root.arm(ID, &Armed { wait: true, ..Armed::new("m-1", "/images", "/work") }).unwrap();
+        let (words, gate) = (root.listen(ID).unwrap(), root.listen_at_gate(ID).unwrap());
+        let mut word = [0];
+        let mut heard = root.connect(ID).unwrap();
+        words.accept().unwrap().0.write_all(&[GO]).unwrap();
+        heard.read_exact(&mut word).unwrap();
+        assert_eq!(word, [GO]);
+        root.connect_to_gate(ID).unwrap().write_all(b"r").unwrap();
+        gate.accept().unwrap().0.read_exact(&mut word).unwrap();
+        assert_eq!(word, *b"r");
+    }
+
+    #[test]
+    fn a_start_that_failed_after_all_passes_no_more() {
+        let (_dir, root) = root();
+        root.arm(ID, &Armed::new("m-1", "/images", "/work")).unwrap();
+        root.consume(ID).unwrap();
+        root.record(ID, &outcome(true)).unwrap();
+        root.record(ID, &outcome(false)).unwrap();
+        assert!(!root.take_restored(ID).unwrap());
+        assert_eq!(root.state(ID).unwrap(), State::Consumed);
     }
 
     #[test]

@@ -43,6 +43,8 @@ pub struct BundleFacts {
     pub external_mounts: Vec<String>,
     /// Masked files, which are binds of /dev/null: CRIU's `--external mnt[X]:/dev/null`.
     pub masked_null: Vec<String>,
+    /// The container's own tmpfs mounts, masked directories among them, that nothing else shows.
+    pub tmpfs: Vec<TmpfsFacts>,
     /// What the first process's descriptors 0, 1 and 2 were at its start (`pipe:[1234]`, `/dev/null`):
     /// the content of `descriptors.json`.
     pub external_descriptors: Vec<String>,
@@ -59,6 +61,18 @@ pub struct CgroupFacts {
     pub procs_file: PathBuf,
     /// Every cgroup by controller; the unified one has an empty name.
     pub paths: BTreeMap<String, PathBuf>,
+    /// All its processes are in these cgroups and see them as the host does: there are none below, and no cgroup
+    /// namespace of its own.
+    pub plain: bool,
+}
+
+/// A tmpfs of the container's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TmpfsFacts {
+    /// Where it is in the container.
+    pub at: String,
+    /// The file system's own options as the kernel shows them, such as `rw,size=65536k,mode=755`.
+    pub options: String,
 }
 
 /// The OCI side of a container could not be read.
@@ -169,12 +183,14 @@ impl BundleFacts {
         let mounts = mountinfo::of_process(init)
             .map_err(|source| BundleError::Read { path: mountinfo::path(init), source })?;
         let root = PathBuf::from(format!("/proc/{init}/root"));
+        let tmpfs = own_tmpfs(&mounts, &external_mounts(&state.config, &mounts, &root));
         Ok(Self {
             init_pid: init,
             shim_pid,
             bundle,
             runc_root,
-            cgroup: cgroup_facts(state.cgroup_paths)?,
+            cgroup: cgroup_facts(state.cgroup_paths, has_own_cgroups(&state.config))?,
+            tmpfs,
             external_mounts: external_mounts(&state.config, &mounts, &root),
             masked_null: masked_null(&state.config, &mounts),
             external_descriptors: state.external_descriptors.unwrap_or_default(),
@@ -234,20 +250,43 @@ fn find_state(container: &str, namespace: &str, bundle: &Path) -> Result<(PathBu
     Err(BundleError::NoState { container: container.to_owned(), tried })
 }
 
-fn cgroup_facts(paths: BTreeMap<String, PathBuf>) -> Result<CgroupFacts, BundleError> {
+fn cgroup_facts(paths: BTreeMap<String, PathBuf>, own_namespace: bool) -> Result<CgroupFacts, BundleError> {
     // A hybrid host has a unified hierarchy too, without controllers: containers are frozen by v1's freezer there.
     let (version, dir) = match (paths.get("freezer"), paths.get("")) {
         (Some(freezer), _) => (CgroupVersion::V1, freezer.clone()),
         (None, Some(unified)) => (CgroupVersion::V2, unified.clone()),
         (None, None) => return Err(BundleError::NoFreezer),
     };
-    Ok(CgroupFacts { version, procs_file: dir.join("cgroup.procs"), freezer_dir: dir, paths })
+    let plain = !own_namespace && paths.values().all(|path| !has_directories(path));
+    Ok(CgroupFacts { version, procs_file: dir.join("cgroup.procs"), freezer_dir: dir, paths, plain })
+}
+
+/// What cannot be read may have some.
+fn has_directories(path: &Path) -> bool {
+    let Ok(mut entries) = fs::read_dir(path) else { return true };
+    entries.any(|entry| entry.and_then(|entry| entry.file_type()).map_or(true, |kind| kind.is_dir()))
+}
+
+/// With a cgroup namespace (always so on v2) /sys/fs/cgroup is a real mount, which CRIU dumps itself.
+fn has_own_cgroups(config: &RuncConfig) -> bool {
+    config.namespaces.iter().flatten().any(|namespace| namespace.kind == "NEWCGROUP")
+}
+
+/// Those whole ones that are mounted once, at a place that nothing covers, and that do not come from outside.
+fn own_tmpfs(mounts: &[MountPoint], external: &[String]) -> Vec<TmpfsFacts> {
+    let once = |mount: &&MountPoint| {
+        mounts.iter().filter(|other| other.device == mount.device || other.at == mount.at).count() == 1
+    };
+    let own = mounts.iter().filter(|mount| mount.kind == "tmpfs" && mount.root == "/" && !mount.propagates);
+    own.filter(once)
+        .filter(|mount| !external.contains(&mount.at))
+        .map(|mount| TmpfsFacts { at: mount.at.clone(), options: mount.options.clone() })
+        .collect()
 }
 
 /// The names that runc gives to mounts from outside when it checkpoints, and looks for when it restores.
 fn external_mounts(config: &RuncConfig, mounts: &[MountPoint], root: &Path) -> Vec<String> {
-    // With a cgroup namespace (always so on v2) /sys/fs/cgroup is a real mount, which CRIU dumps itself.
-    let own_cgroups = config.namespaces.iter().flatten().any(|namespace| namespace.kind == "NEWCGROUP");
+    let own_cgroups = has_own_cgroups(config);
     let mut external = Vec::new();
     for mount in config.mounts.iter().flatten() {
         match mount.device.as_str() {

@@ -1,7 +1,15 @@
 use super::*;
 
 fn mount(root: &str, at: &str) -> MountPoint {
-    MountPoint { root: root.into(), at: at.into() }
+    MountPoint {
+        root: root.into(),
+        at: at.into(),
+        flags: "rw".into(),
+        propagates: false,
+        device: format!("0:{at}"),
+        kind: "ext4".into(),
+        options: "rw".into(),
+    }
 }
 
 fn state(text: &str) -> RuncState {
@@ -53,15 +61,51 @@ fn mounts_get_the_names_that_runc_gives_them() {
 
 #[test]
 fn the_freezer_is_v1s_where_it_exists() {
-    let facts = cgroup_facts(state(STATE).cgroup_paths).unwrap();
+    let facts = cgroup_facts(state(STATE).cgroup_paths, false).unwrap();
     assert_eq!(facts.version, CgroupVersion::V1);
     assert_eq!(facts.procs_file, Path::new("/sys/fs/cgroup/freezer/docker/x/cgroup.procs"));
     let unified =
         BTreeMap::from([(String::new(), PathBuf::from("/sys/fs/cgroup/system.slice/docker-x.scope"))]);
-    let facts = cgroup_facts(unified).unwrap();
+    let facts = cgroup_facts(unified, true).unwrap();
     assert_eq!(facts.version, CgroupVersion::V2);
     assert_eq!(facts.freezer_dir, Path::new("/sys/fs/cgroup/system.slice/docker-x.scope"));
-    assert!(matches!(cgroup_facts(BTreeMap::new()), Err(BundleError::NoFreezer)));
+    assert!(matches!(cgroup_facts(BTreeMap::new(), false), Err(BundleError::NoFreezer)));
+}
+
+#[test]
+fn cgroups_are_plain_without_others_below_and_without_a_namespace() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("cgroup.procs"), "1\n").unwrap();
+    let paths = || BTreeMap::from([(String::new(), dir.path().to_owned())]);
+    assert!(cgroup_facts(paths(), false).unwrap().plain);
+    assert!(!cgroup_facts(paths(), true).unwrap().plain);
+    fs::create_dir(dir.path().join("below")).unwrap();
+    assert!(!cgroup_facts(paths(), false).unwrap().plain);
+}
+
+#[test]
+fn only_a_tmpfs_that_is_seen_once_is_its_own() {
+    let tmpfs = |at: &str, device: &str| MountPoint {
+        kind: "tmpfs".into(),
+        device: device.into(),
+        options: "rw,size=64k".into(),
+        ..mount("/", at)
+    };
+    let mut mounts = vec![
+        mount("/", "/"),
+        tmpfs("/dev", "0:1"),
+        tmpfs("/twice", "0:2"),
+        tmpfs("/again", "0:2"),
+        tmpfs("/covered", "0:3"),
+        mount("/v", "/covered"),
+        MountPoint { propagates: true, ..tmpfs("/shared", "0:4") },
+        MountPoint { root: "/part".into(), ..tmpfs("/part", "0:5") },
+        tmpfs("/dev/shm", "0:6"),
+    ];
+    let expected = TmpfsFacts { at: "/dev".into(), options: "rw,size=64k".into() };
+    assert_eq!(own_tmpfs(&mounts, &["/dev/shm".into()]), [expected]);
+    mounts.clear();
+    assert_eq!(own_tmpfs(&mounts, &[]), []);
 }
 
 #[test]

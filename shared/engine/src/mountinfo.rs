@@ -11,6 +11,16 @@ pub(crate) struct MountPoint {
     pub(crate) root: String,
     /// Where.
     pub(crate) at: String,
+    /// The options of the mount itself, such as `ro,nosuid`.
+    pub(crate) flags: String,
+    /// Whether mounts beneath it show elsewhere too, or those of elsewhere here.
+    pub(crate) propagates: bool,
+    /// The mounted file system, as `major:minor`: two mounts with the same show the same files.
+    pub(crate) device: String,
+    /// Its type.
+    pub(crate) kind: String,
+    /// Its own options, such as `rw,size=64k`.
+    pub(crate) options: String,
 }
 
 /// Links followed before a path counts as circular, as in the kernel.
@@ -24,14 +34,26 @@ pub(crate) fn of_process(pid: i32) -> io::Result<Vec<MountPoint>> {
     Ok(parse(&fs::read_to_string(path(pid))?))
 }
 
-/// Fields 4 and 5 of each line (proc_pid_mountinfo(5)).
+/// The lines of a mountinfo (`proc_pid_mountinfo(5)`); one that is not as that says is left out.
 pub(crate) fn parse(text: &str) -> Vec<MountPoint> {
-    text.lines()
-        .filter_map(|line| {
-            let mut fields = line.split(' ').skip(3);
-            Some(MountPoint { root: unescape(fields.next()?), at: unescape(fields.next()?) })
-        })
-        .collect()
+    text.lines().filter_map(parse_line).collect()
+}
+
+/// `id parent major:minor root mount-point options [optional field]... - type source super-options`
+fn parse_line(line: &str) -> Option<MountPoint> {
+    let mut fields = line.split(' ').skip(2);
+    let (device, root, at, flags) = (fields.next()?, fields.next()?, fields.next()?, fields.next()?);
+    let propagates = fields.by_ref().take_while(|field| *field != "-").count() > 0;
+    let (kind, _source, options) = (fields.next()?, fields.next()?, fields.next()?);
+    Some(MountPoint {
+        root: unescape(root),
+        at: unescape(at),
+        flags: flags.to_owned(),
+        propagates,
+        device: device.to_owned(),
+        kind: kind.to_owned(),
+        options: unescape(options),
+    })
 }
 
 /// The kernel writes space, tab, newline and backslash as three octal digits.
@@ -102,15 +124,13 @@ mod tests {
     #[test]
     fn a_line_gives_root_and_place() {
         let text = "100 90 0:5 /null /proc/kcore rw,nosuid - devtmpfs udev rw\n\
-                    101 90 8:1 /vol/my\\040data /data\\134x rw - ext4 /dev/sda1 rw\nshort line\n";
+                    101 90 8:1 /vol/my\\040data /data\\134x ro shared:3 master:1 - ext4 /dev/sda1 rw\nshort line\n";
         let mounts = parse(text);
-        assert_eq!(
-            mounts,
-            [
-                MountPoint { root: "/null".into(), at: "/proc/kcore".into() },
-                MountPoint { root: "/vol/my data".into(), at: "/data\\x".into() },
-            ]
-        );
+        let found: Vec<_> = mounts.iter().map(|m| (m.root.as_str(), m.at.as_str(), m.propagates)).collect();
+        assert_eq!(found, [("/null", "/proc/kcore", false), ("/vol/my data", "/data\\x", true)]);
+        let last = mounts.last().unwrap();
+        assert_eq!((last.flags.as_str(), last.kind.as_str(), last.options.as_str()), ("ro", "ext4", "rw"));
+        assert_eq!(last.device, "8:1");
     }
 
     #[test]

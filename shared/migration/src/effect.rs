@@ -44,6 +44,8 @@ pub enum Effect {
     Prepare,
     /// Source: freeze.
     Freeze,
+    /// Target: its packets come here and are kept.
+    TakePackets,
     /// Source: dump and hold.
     Dump,
     /// Source: last round.
@@ -105,7 +107,7 @@ impl Effect {
     pub const fn undo(self) -> Option<Self> {
         match self {
             Self::AcquireLease => Some(Self::ReleaseLease),
-            Self::Create | Self::Prepare | Self::Restore => Some(Self::UndoTarget),
+            Self::Create | Self::Prepare | Self::TakePackets | Self::Restore => Some(Self::UndoTarget),
             Self::OpenPages => Some(Self::CloseTargetPages),
             Self::OpenFiles => Some(Self::CloseTargetFiles),
             Self::SyncFiles | Self::SyncFrozen | Self::ShipImages => Some(Self::CloseSourceFiles),
@@ -169,6 +171,7 @@ impl fmt::Display for Effect {
             Self::Unthrottle => "end of throttling",
             Self::Prepare => "prepare target",
             Self::Freeze => "freeze",
+            Self::TakePackets => "take packets",
             Self::Dump => "dump",
             Self::FinalRound => "final round",
             Self::SyncFrozen => "sync files, frozen",

@@ -223,6 +223,7 @@ impl Migration {
             }
             (
                 Effect::AcquireLease
+                | Effect::TakePackets
                 | Effect::ConfirmHold
                 | Effect::ConfirmLease
                 | Effect::PersistFiles
@@ -374,7 +375,9 @@ impl Migration {
             Phase::PreCopy | Phase::Settle => Vec::new(),
             Phase::Prepare => vec![Effect::Prepare],
             Phase::Freeze => vec![Effect::Freeze],
-            Phase::Switch => vec![Effect::Dump, Effect::FinalRound, Effect::SyncFrozen],
+            Phase::Switch => {
+                vec![Effect::TakePackets, Effect::Dump, Effect::FinalRound, Effect::SyncFrozen]
+            }
             // Whatever could forbid the move is asked before the target runs: once it does, it answers clients, and
             // undoing it would lose what they were told.
             Phase::Ship => vec![Effect::ShipImages, Effect::ConfirmHold, Effect::ConfirmLease],

@@ -88,7 +88,9 @@ impl World {
                 }
                 _ => return out_of_order("dump of a container that is not frozen"),
             },
-            Effect::FinalRound | Effect::SyncFrozen => assert_ne!(self.source, Source::Running, "{effect}"),
+            Effect::TakePackets | Effect::FinalRound | Effect::SyncFrozen => {
+                assert_ne!(self.source, Source::Running, "{effect}");
+            }
             Effect::Restore if !again => {
                 // A hold may be lost unnoticed until it is confirmed, but nothing thaws the source by itself.
                 assert!(

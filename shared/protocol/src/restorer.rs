@@ -84,6 +84,19 @@ pub struct Prepared {
     pub took: Micros,
 }
 
+/// The container stands still on its source, and is silent there: its packets shall come here, and are kept until it runs.
+/// Does nothing where its network is made with the restore. Its address goes on to be the source's if this is undone, or
+/// if nothing follows for 10 s.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TakePackets {
+    /// The container on the target.
+    pub container: ContainerId,
+}
+
+/// The answer to [`TakePackets`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PacketsTaken {}
+
 /// Joins pages and images and brings the container to life. On a fault it does not run here.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Restore {
@@ -158,6 +171,7 @@ pub struct Undone {}
 rpc!(Check, Restorer, "check", Checked);
 rpc!(Create, Restorer, "create", Created);
 rpc!(Prepare, Restorer, "prepare", Prepared);
+rpc!(TakePackets, Restorer, "take_packets", PacketsTaken);
 rpc!(Restore, Restorer, "restore", Restored);
 rpc!(Verify, Restorer, "verify", Verified);
 rpc!(Adopt, Restorer, "adopt", Adopted);

@@ -105,7 +105,18 @@ pub fn announce(interface: Interface, address: Ipv4Addr) -> io::Result<()> {
 /// # Errors
 /// When the namespace cannot be entered or an interface does not send. Some may have been announced.
 pub fn announce_all(pid: crate::Pid, addresses: &[(String, Ipv4Addr)]) -> io::Result<Vec<Ipv4Addr>> {
-    crate::netns::NetworkNamespace::of(pid)?.run(|| {
+    announce_in(&crate::netns::NetworkNamespace::of(pid)?, addresses)
+}
+
+/// As [`announce_all`], in a namespace that is known.
+///
+/// # Errors
+/// As those.
+pub fn announce_in(
+    namespace: &crate::netns::NetworkNamespace,
+    addresses: &[(String, Ipv4Addr)],
+) -> io::Result<Vec<Ipv4Addr>> {
+    namespace.run(|| {
         // By `/proc`, which follows the thread's namespace as `/sys` does not.
         let table = std::fs::read_to_string("/proc/thread-self/net/dev")?;
         let names =

@@ -13,6 +13,7 @@
 //! | [`freezer`] | freezes and thaws a cgroup, version 1 or 2 |
 //! | [`netns`] | runs code in another process's network namespace |
 //! | [`mount_ns`] | starts a program in a mount namespace of its own |
+//! | [`packet`] | takes arriving packets, and puts them back |
 //! | [`arp`] | announces an address on a network segment |
 //! | [`process`] | facts about a process |
 //!
@@ -26,6 +27,7 @@ pub mod inject;
 pub mod lazy;
 pub mod mount_ns;
 pub mod netns;
+pub mod packet;
 pub mod pagemap;
 pub mod pass_fd;
 pub mod pidfd;

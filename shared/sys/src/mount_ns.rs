@@ -5,11 +5,15 @@
 
 use std::ffi::{CStr, CString};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+
+use rustix::fs::CWD;
+use rustix::mount::{OpenTreeFlags, open_tree};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 /// Spawns `cmd` in a private copy of our mount namespace in which every `(source, target)` of `binds` is bind-mounted,
 /// in order, and `over_own_pagemap`, if given, covers the program's own `/proc/self/pagemap`.
@@ -45,6 +49,42 @@ pub fn spawn_in_private_mounts(
         });
     }
     cmd.spawn()
+}
+
+/// Gives this process, which must have one thread only, a mount namespace of its own, a copy of the one that it was in:
+/// what it mounts from here on is seen by it and by the program that takes its place, and goes with them. What is mounted
+/// elsewhere later is still seen by them where it was before (`MS_SLAVE`).
+///
+/// # Errors
+/// `EINVAL` with more threads, or for want of `CAP_SYS_ADMIN`.
+pub fn enter_private_mounts() -> io::Result<()> {
+    // SAFETY: the call takes a number only, and changes nothing but where mounts are seen.
+    check(unsafe { libc::unshare(libc::CLONE_NEWNS) })?;
+    mount(None, c"/", libc::MS_REC | libc::MS_SLAVE)
+}
+
+/// The file system that is mounted at `at` for process `pid`, alone: without what is mounted inside it. The descriptor is
+/// of its root, and the mount is nobody else's and gone with it; it is reached by `/proc/self/fd`.
+///
+/// # Errors
+/// When the process is gone, nothing is mounted there, or for want of `CAP_SYS_ADMIN`.
+pub fn mounted_alone(pid: crate::Pid, at: &Path) -> io::Result<OwnedFd> {
+    let namespace = std::fs::File::open(format!("/proc/{pid}/ns/mnt"))?;
+    let copy = || -> io::Result<OwnedFd> {
+        // SAFETY: this gives the calling thread, which is made for this and does nothing else, a root and a working
+        // directory of its own, without which it may not enter another mount namespace.
+        check(unsafe { libc::unshare(libc::CLONE_FS) })?;
+        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Mount))?;
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        Ok(open_tree(CWD, at, flags)?)
+    };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("haul-mntns".into());
+        match thread.spawn_scoped(scope, copy)?.join() {
+            Ok(copied) => copied,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
 }
 
 /// Lets the program that `cmd` will start inherit `fd`, under the number that it has here, which is returned.
@@ -109,6 +149,24 @@ mod tests {
         let binds = [(PathBuf::from("/nonexistent/source"), PathBuf::from("/tmp"))];
         let error = spawn_in_private_mounts(cmd, &binds, None).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn a_mount_is_seen_without_what_is_mounted_in_it() {
+        let script = "mount -t tmpfs t /mnt && mkdir /mnt/in && mount -t tmpfs t /mnt/in && touch /mnt/in/deep && \
+                      echo ready && exec sleep 60";
+        let mut child =
+            Command::new("unshare").args(["-m", "sh", "-c", script]).stdout(Stdio::piped()).spawn().unwrap();
+        let mut ready = [0; 6];
+        child.stdout.as_mut().unwrap().read_exact(&mut ready).unwrap();
+        let pid = crate::Pid::from_child(&child);
+        let alone = mounted_alone(pid, Path::new("/mnt"));
+        let nothing = mounted_alone(pid, Path::new("/mnt/nothing"));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let path = format!("/proc/self/fd/{}/in", alone.as_ref().unwrap().as_raw_fd());
+        assert_eq!(std::fs::read_dir(path).unwrap().count(), 0);
+        assert_eq!(nothing.unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
     #[test]

@@ -3,7 +3,9 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::mpsc;
 
 use rustix::thread::LinkNameSpaceType;
@@ -60,6 +62,22 @@ impl NetworkNamespace {
         PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd()))
     }
 
+    /// Moves the calling thread into the namespace, for good.
+    ///
+    /// # Errors
+    /// When it cannot be entered (`CAP_SYS_ADMIN`).
+    pub fn enter(&self) -> io::Result<()> {
+        Ok(rustix::thread::move_into_link_name_space(self.0.as_fd(), Some(LinkNameSpaceType::Network))?)
+    }
+
+    /// Has the program that `command` will start run inside the namespace. An error shows when it is started.
+    pub fn enter_on_start(self, command: &mut Command) {
+        let enter = move || self.enter();
+        // SAFETY: the closure runs in the forked child, where only async-signal-safe calls are allowed: it makes one
+        // plain system call, on a descriptor that it owns.
+        unsafe { command.pre_exec(enter) };
+    }
+
     /// Runs `work` inside the namespace, on a thread made for it, and returns what it returns.
     ///
     /// Sockets that `work` makes stay in the namespace wherever they are used afterwards, and `/proc/sys/net` is the
@@ -69,7 +87,7 @@ impl NetworkNamespace {
     /// When no thread can be started or the namespace cannot be entered (`CAP_SYS_ADMIN`); `work` has not run then.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
         let enter_and_work = || -> io::Result<T> {
-            rustix::thread::move_into_link_name_space(self.0.as_fd(), Some(LinkNameSpaceType::Network))?;
+            self.enter()?;
             Ok(work())
         };
         std::thread::scope(|scope| {
@@ -100,7 +118,7 @@ impl Occupant {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::process::{Command, Stdio};
+    use std::process::Stdio;
 
     #[test]
     fn work_runs_in_the_other_namespace_and_we_stay_here() {
@@ -121,8 +139,12 @@ mod tests {
         child.wait().unwrap();
         let read = || std::fs::read_to_string("/proc/sys/net/ipv4/conf/lo/arp_ignore").unwrap();
         let here = read();
-        assert_eq!(namespace.unwrap().run(read).unwrap(), "8\n");
+        let namespace = namespace.unwrap();
+        assert_eq!(namespace.run(read).unwrap(), "8\n");
         assert_eq!(read(), here);
+        let mut cat = Command::new("cat");
+        namespace.enter_on_start(cat.arg("/proc/sys/net/ipv4/conf/lo/arp_ignore"));
+        assert_eq!(cat.output().unwrap().stdout, b"8\n");
         assert_ne!(here, "8\n");
     }
 

@@ -2,7 +2,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -44,6 +44,35 @@ pub fn receive(socket: impl AsFd) -> io::Result<Option<(u8, Option<OwnedFd>)>> {
     let fd = descriptors.next().and_then(|mut descriptors| descriptors.next());
     let [byte] = byte;
     Ok((got.bytes > 0).then_some((byte, fd)))
+}
+
+/// A descriptor for what was inherited under `number`, which is closed when another program is started from here on, as
+/// the new one is.
+///
+/// # Errors
+/// `EBADF` when nothing was.
+pub fn duplicate_inherited(number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: the call takes numbers only and returns a new descriptor or -1.
+    let new = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 0) };
+    if new == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is fresh from the kernel and nobody else owns it.
+    let new = unsafe { OwnedFd::from_raw_fd(new) };
+    // SAFETY: the call takes numbers only.
+    match unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(new),
+    }
+}
+
+/// Has the program that takes this one's place inherit `fd`, under the number that it has.
+///
+/// # Errors
+/// What `fcntl(2)` says.
+pub fn leave_to_successor(fd: OwnedFd) -> io::Result<RawFd> {
+    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::empty())?;
+    Ok(fd.into_raw_fd())
 }
 
 /// Waits for the next message on the socket that was inherited under `number`, copies it to `buffer` and leaves it in

@@ -1,0 +1,196 @@
+//! The keeper: between runc and CRIU while an armed container is restored, in the process that waits for runc.
+//!
+//! ```text
+//!   restorer ── TAKE ──▶ keeper: the container's packets come here, and are kept
+//!            ── GO ────▶ keeper ── go ──▶ gate: becomes CRIU
+//!                 runc ◀── messages ──▶ keeper ◀── messages ──▶ CRIU
+//!                        post-resume: recorded, network opened, packets put back, announced
+//! ```
+//!
+//! runc needs some time more after CRIU has resumed the processes. Clients do not wait for that: the network speaks as
+//! soon as they run.
+
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Duration;
+
+use haulage_criu::rpc::{Kind, Response};
+use haulage_engine::armed::{Armed, ArmedRoot, GO, Outcome, TAKE};
+use haulage_sys::pass_fd;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+
+use crate::failure::Failure;
+use crate::network::Network;
+
+/// What the gate sends with runc's end of the conversation, and with that which is to be CRIU's.
+pub(crate) const RUNC_END: u8 = b'r';
+pub(crate) const CRIU_END: u8 = b'c';
+/// What it is sent when it shall become CRIU.
+pub(crate) const BECOME_CRIU: &[u8] = b"go";
+/// The stage that CRIU reports when the processes run.
+const RESUMED: &str = "post-resume";
+/// The longest message of either; they are below 16 KiB.
+const MAX_MESSAGE: usize = 256 << 10;
+/// A container whose packets were called here and that does not come within this time leaves them to whoever answers.
+const LETS_GO_AFTER: Duration = Duration::from_secs(10);
+
+/// See the module.
+pub(crate) struct Keeper<'a> {
+    pub(crate) armed_root: &'a ArmedRoot,
+    pub(crate) id: &'a str,
+    pub(crate) armed: &'a Armed,
+    /// Made and silent, where it is made before the restore.
+    pub(crate) network: Option<Network>,
+    /// What is recorded when the processes run.
+    pub(crate) outcome: Outcome,
+}
+
+/// How it ended, if nothing went wrong.
+pub(crate) enum Kept {
+    /// The gate has not come, or its word has not.
+    Nothing,
+    /// The conversation is over, and the processes were never resumed.
+    Silent,
+    /// They run, which is recorded, and are heard.
+    Speaks(Outcome),
+}
+
+impl Keeper<'_> {
+    /// Waits for the gate and for the words, and keeps the conversation until it ends. The listener is to be connected to
+    /// and left when runc has ended, lest this wait for a gate that never comes.
+    ///
+    /// # Errors
+    /// The conversation is cut off then: CRIU undoes, and runc fails.
+    pub(crate) fn keep(mut self, listener: &UnixListener) -> Result<Kept, Failure> {
+        let (gate, _) = listener.accept().map_err(Failure::Gate)?;
+        let end = |expected| match pass_fd::receive(&gate) {
+            Ok(Some((byte, fd))) if byte == expected => Ok(fd),
+            Ok(_) => Ok(None),
+            Err(error) => Err(Failure::Gate(error)),
+        };
+        let Some(runc) = end(RUNC_END)? else { return Ok(Kept::Nothing) };
+        let Some(criu) = end(CRIU_END)? else { return Ok(Kept::Nothing) };
+        let words = self.armed_root.connect(self.id)?;
+        if !self.hear(words, &runc)? {
+            return Ok(Kept::Nothing);
+        }
+        // Noted before anything else, so that the time is known of which it counts.
+        self.armed_root.note_go(self.id)?;
+        if pass(&criu, BECOME_CRIU)? { self.relay(&runc, &criu) } else { Ok(Kept::Silent) }
+    }
+
+    /// Waits for the word to go on: false when it does not come.
+    fn hear(&mut self, mut words: UnixStream, runc: &OwnedFd) -> Result<bool, Failure> {
+        let mut until_let_go = None;
+        loop {
+            // What runc has sent stays where it is; only its end matters.
+            let mut polled = [PollFd::new(&words, PollFlags::IN), PollFd::new(runc, PollFlags::empty())];
+            match poll(&mut polled, until_let_go.as_ref()) {
+                Err(Errno::INTR) => continue,
+                Err(errno) => return Err(Failure::Gate(errno.into())),
+                Ok(0) => {
+                    until_let_go = None;
+                    self.network.as_ref().map_or(Ok(()), Network::stop_answering)?;
+                    continue;
+                }
+                Ok(_) => {}
+            }
+            let [_, runc_s] = &polled;
+            if !runc_s.revents().is_empty() {
+                return Ok(false);
+            }
+            let mut word = [0];
+            match words.read(&mut word) {
+                Ok(1) if word == [GO] => return Ok(true),
+                Ok(1) if word == [TAKE] => {
+                    if let Some(network) = &mut self.network {
+                        network.take(&self.armed.addresses)?;
+                        until_let_go = Timespec::try_from(LETS_GO_AFTER).ok();
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                _ => return Ok(false),
+            }
+        }
+    }
+
+    /// Passes messages on, whole as they come, until one side ends.
+    fn relay(mut self, runc: &OwnedFd, criu: &OwnedFd) -> Result<Kept, Failure> {
+        let mut buffer = vec![0; MAX_MESSAGE];
+        let mut kept = Kept::Silent;
+        loop {
+            let mut polled = [PollFd::new(runc, PollFlags::IN), PollFd::new(criu, PollFlags::IN)];
+            match poll(&mut polled, None) {
+                Err(Errno::INTR) => continue,
+                Err(errno) => return Err(Failure::Gate(errno.into())),
+                Ok(_) => {}
+            }
+            let [runc_s, criu_s] = polled.map(|end| !end.revents().is_empty());
+            if criu_s {
+                let Some(message) = receive(criu, &mut buffer)? else { return Ok(kept) };
+                if matches!(kept, Kept::Silent) && is_resumed(message) {
+                    kept = Kept::Speaks(self.speak()?);
+                }
+                if !pass(runc, message)? {
+                    return Ok(kept);
+                }
+            } else if runc_s {
+                match receive(runc, &mut buffer)? {
+                    Some(message) if pass(criu, message)? => {}
+                    _ => return Ok(kept),
+                }
+            }
+        }
+    }
+
+    /// The processes run. It is recorded first: a container that runs unknown to the restorer could run twice; until now
+    /// nobody has heard from it.
+    fn speak(&mut self) -> Result<Outcome, Failure> {
+        let took = || self.armed_root.since_go(self.id).ok().flatten().unwrap_or_default();
+        let mut outcome = Outcome { ok: true, restore_us: micros(took()), ..self.outcome.clone() };
+        self.armed_root.record(self.id, &outcome).map_err(Failure::Record)?;
+        if let Some(network) = self.network.take() {
+            let (put_back, lost) = network.open(&self.armed.images, &self.armed.addresses)?;
+            outcome.put_back = put_back;
+            outcome.packets_lost = lost.map(|error| error.to_string());
+            outcome.start_us = micros(took());
+            // It is recorded as restored; this says only how long it took.
+            let _ = self.armed_root.record_time(self.id, &outcome);
+        }
+        Ok(outcome)
+    }
+}
+
+pub(crate) fn micros(duration: Duration) -> u64 {
+    duration.as_micros().try_into().unwrap_or(u64::MAX)
+}
+
+fn is_resumed(message: &[u8]) -> bool {
+    let response = Response::decode_bytes(message).ok();
+    let response = response.filter(|response| response.kind == Kind::Notify as i32);
+    response.and_then(|response| response.notify?.stage).is_some_and(|stage| stage == RESUMED)
+}
+
+/// The next message; `None` at the end.
+fn receive(from: impl AsFd, buffer: &mut [u8]) -> Result<Option<&[u8]>, Failure> {
+    match recv(from, &mut *buffer, RecvFlags::TRUNC) {
+        Ok((_, 0)) | Err(Errno::CONNRESET) => Ok(None),
+        Ok((_, length)) => match buffer.get(..length) {
+            Some(message) => Ok(Some(message)),
+            None => Err(Failure::Gate(io::Error::other("a message longer than is understood"))),
+        },
+        Err(errno) => Err(Failure::Gate(errno.into())),
+    }
+}
+
+/// False when the other side has gone.
+fn pass(to: impl AsFd, message: &[u8]) -> Result<bool, Failure> {
+    match send(to, message, SendFlags::NOSIGNAL) {
+        Ok(_) => Ok(true),
+        Err(Errno::PIPE | Errno::CONNRESET) => Ok(false),
+        Err(errno) => Err(Failure::Gate(errno.into())),
+    }
+}
