@@ -18,6 +18,7 @@ use haulage_service::now;
 use haulage_sys::freezer::Freezer;
 use haulage_sys::netns::NetworkNamespace;
 use haulage_sys::packet::Capture;
+use haulage_sys::rcu::Expedited;
 
 use crate::Checkpointer;
 use crate::drift;
@@ -103,7 +104,10 @@ fn prepare(
     notes.write(&dir).map_err(fault(FREEZE))?;
     let mask = PagemapMask::prepare(&service.criu, Path::new(DEFAULT_PARENT)).map_err(fault(FREEZE))?;
     let change = quiet::Change::to_silence(&namespace).map_err(fault(FREEZE))?;
-    Ok((Session { notes, bundle, capture: None, state: State::Frozen(mask) }, Silence { namespace, change }))
+    Ok((
+        Session { notes, bundle, capture: None, expedited: None, state: State::Frozen(mask) },
+        Silence { namespace, change },
+    ))
 }
 
 /// The container's network, about to be silenced.
@@ -115,6 +119,8 @@ struct Silence {
 /// On an error it runs again, but its network may be silent.
 fn freeze_whole(session: &mut Session, spec: &ContainerSpec, silence: Silence) -> Result<Frozen, Fault> {
     let freezer = Freezer::open(&session.notes.freezer).map_err(fault(FREEZE))?;
+    // Where it cannot be had everything takes longer.
+    session.expedited = Expedited::begin().ok();
     let began = Instant::now();
     let (at, processes) = loop {
         let at = now();

@@ -18,6 +18,7 @@ use haulage_protocol::id::MigrationId;
 use haulage_protocol::unit::{Bytes, Micros};
 use haulage_sys::freezer::Freezer;
 use haulage_sys::packet::Capture;
+use haulage_sys::rcu::Expedited;
 
 use crate::Checkpointer;
 use crate::failure::{DUMP, fault, joined};
@@ -30,6 +31,8 @@ pub(crate) struct Session {
     pub(crate) bundle: BundleFacts,
     /// Packets that arrive since it is silent.
     pub(crate) capture: Option<Capture>,
+    /// While it is frozen and dumped.
+    pub(crate) expedited: Option<Expedited>,
     pub(crate) state: State,
 }
 
@@ -88,6 +91,7 @@ fn dump_frozen(
     let freezer = Freezer::open(&session.notes.freezer).map_err(fault(DUMP))?;
     freezer.freeze(FREEZE_WITHIN).map_err(fault(DUMP))?;
     keep_packets(migration, session, &images);
+    session.expedited = None;
     Ok(Dumped {
         bytes: size(&images).map_err(fault(DUMP))?,
         images: images.to_string_lossy().into_owned(),

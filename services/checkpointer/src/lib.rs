@@ -70,6 +70,9 @@ pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>
         Arc::new(Checkpointer { config: shell.config.clone(), docker, criu, sessions: Mutex::default() });
     let s = service.clone();
     tokio::task::spawn_blocking(move || throttle::end_all(&s.config)).await?;
+    if let Err(error) = haulage_sys::rcu::turn_off_unused() {
+        tracing::warn!(%error, "what an earlier life of this service told the kernel cannot be taken back");
+    }
     let server = &mut shell.server;
     let s = service.clone();
     server.answer::<Locate, _, _>(move |_, ask| inspect::locate(s.clone(), ask)).await?;

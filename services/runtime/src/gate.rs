@@ -7,7 +7,7 @@
 //!
 //! ```text
 //!   haul-runtime ──▶ runc restore ──▶ gate (as criu swrk): peek ── other ──▶ CRIU
-//!      keeper ◀── both ends ─────────────────────────────────┴─ restore ──▶ waits ── go ──▶ root anew ──▶ CRIU
+//!      keeper ◀── both ends ─────────────────────────────────┴─ restore ──▶ waits ── go ──▶ root on ──▶ CRIU
 //! ```
 
 use std::ffi::{OsStr, OsString};
@@ -24,12 +24,12 @@ use haulage_criu::swrk::Criu;
 use haulage_engine::armed::{ArmedRoot, State};
 use haulage_sys::netns::NetworkNamespace;
 use haulage_sys::{mount_ns, pass_fd};
-use rustix::mount::{UnmountFlags, mount_bind_recursive, unmount};
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, recv, socketpair};
 
+use crate::cgroup;
 use crate::failure::Failure;
 use crate::keeper::{BECOME_CRIU, CRIU_END, RUNC_END};
-use crate::{cgroup, root};
+use crate::root::Root;
 
 /// The name by which runc starts CRIU, and us.
 pub(crate) const NAME: &str = "criu";
@@ -103,12 +103,15 @@ fn prepare(args: &[OsString]) -> Result<Command, Failure> {
     Ok(criu)
 }
 
-/// Waits for the word, and makes the world as CRIU is to find it; the number of its end of the conversation.
+/// Takes the root off, waits for the word, and makes the world as CRIU is to find it; the number of its end of the
+/// conversation.
 fn restore(number: RawFd, request: &Request, id: &str, container_root: &Path) -> Result<RawFd, Failure> {
     let armed_root = ArmedRoot::from_env();
     let State::Armed(armed) = armed_root.state(id)? else {
         return Err(Failure::Gate(io::Error::other("the container is not armed")));
     };
+    let bind = request.options.as_ref().and_then(|options| options.root.clone()).map(PathBuf::from);
+    let root = Root::take_off(container_root, bind).map_err(Failure::Root)?;
     let end = hand_over(number, &armed_root, id)?;
     let mut word = [0; 8];
     let (length, _) =
@@ -116,7 +119,7 @@ fn restore(number: RawFd, request: &Request, id: &str, container_root: &Path) ->
     if word.get(..length) != Some(BECOME_CRIU) {
         return Err(Failure::CalledOff(armed.migration));
     }
-    renew(container_root, request).map_err(Failure::Root)?;
+    root.put_on().map_err(Failure::Root)?;
     armed_root.consume(id)?;
     // CRIU looks for directories that it is told by number in the process that has made the connection: so far runc.
     let directories = [("images-dir", &armed.images), ("work-dir", &armed.work)];
@@ -158,13 +161,4 @@ fn request(args: &[OsString]) -> io::Result<Option<(RawFd, Request)>> {
     let length = pass_fd::peek_inherited(number, &mut bytes)?;
     let request = Request::decode_bytes(bytes.get(..length).unwrap_or_default()).map_err(io::Error::other)?;
     Ok(Some((number, request)))
-}
-
-/// The engine's mount of the container's root, and runc's of the same for CRIU, which is a bind of it.
-fn renew(container_root: &Path, request: &Request) -> io::Result<()> {
-    let bind = request.options.as_ref().and_then(|options| options.root.clone()).map(PathBuf::from);
-    let Some(bind) = bind.filter(|bind| bind != container_root) else { return root::renew(container_root) };
-    unmount(&bind, UnmountFlags::NOFOLLOW)?;
-    root::renew(container_root)?;
-    Ok(mount_bind_recursive(container_root, &bind)?)
 }

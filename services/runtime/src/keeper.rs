@@ -18,6 +18,7 @@ use std::time::Duration;
 use haulage_criu::rpc::{Kind, Response};
 use haulage_engine::armed::{Armed, ArmedRoot, GO, Outcome, TAKE};
 use haulage_sys::pass_fd;
+use haulage_sys::rcu::Expedited;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
@@ -77,6 +78,8 @@ impl Keeper<'_> {
         if !self.hear(words, &runc)? {
             return Ok(Kept::Nothing);
         }
+        // From here on the container stands still for us. Where it cannot be had everything takes longer.
+        let _expedited = Expedited::begin();
         // Noted before anything else, so that the time is known of which it counts.
         self.armed_root.note_go(self.id)?;
         if pass(&criu, BECOME_CRIU)? { self.relay(&runc, &criu) } else { Ok(Kept::Silent) }

@@ -1,6 +1,6 @@
-//! The container's root file system, mounted anew: its writable layer was still written to beneath the engine's mount,
-//! and an overlay may keep what it saw before (`Documentation/filesystems/overlayfs.rst`, "Changes to underlying
-//! filesystems").
+//! The container's root file system, taken off as soon as the engine has mounted it, and put on again when all its files
+//! are there: an overlay beneath which files are written may keep what it saw before
+//! (`Documentation/filesystems/overlayfs.rst`, "Changes to underlying filesystems").
 
 use std::ffi::CString;
 use std::fs;
@@ -8,7 +8,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind_recursive, unmount};
 
 /// An overlay, as `/proc/self/mountinfo` tells of it.
 #[derive(Debug, PartialEq)]
@@ -18,23 +18,53 @@ struct Overlay {
     options: Vec<u8>,
 }
 
-/// Unmounts the overlay at `root` and mounts it again as it was. What is no overlay stays as it is.
-///
-/// # Errors
-/// When it is in use, or cannot be mounted again: then nothing is mounted there.
-pub(crate) fn renew(root: &Path) -> io::Result<()> {
-    let table = fs::read("/proc/self/mountinfo")?;
-    let Some(overlay) = find(&table, root) else { return Ok(()) };
-    let flags = overlay.flags()?;
-    let options = CString::new(overlay.options.clone())?;
-    // Docker gives many layers by paths relative to the directory of all layers, two above the mount.
-    if overlay.is_relative()
-        && let Some(layers) = root.parent().and_then(Path::parent)
-    {
-        std::env::set_current_dir(layers)?;
+/// A root that is taken off, and what it takes to put it on again.
+#[derive(Debug)]
+pub(crate) struct Root {
+    at: PathBuf,
+    /// `None` where it is no overlay, and stays as it is.
+    overlay: Option<Overlay>,
+    /// Where runc shows it to CRIU, a bind of it.
+    bind: Option<PathBuf>,
+}
+
+impl Root {
+    /// Unmounts the overlay at `at`, and its bind. That writes out the file system beneath, which may take long.
+    ///
+    /// # Errors
+    /// When it is in use.
+    pub(crate) fn take_off(at: &Path, bind: Option<PathBuf>) -> io::Result<Self> {
+        let overlay = find(&fs::read("/proc/self/mountinfo")?, at);
+        let bind = bind.filter(|bind| bind != at);
+        if overlay.is_some() {
+            if let Some(bind) = &bind {
+                unmount(bind, UnmountFlags::NOFOLLOW)?;
+            }
+            unmount(at, UnmountFlags::NOFOLLOW)?;
+        }
+        Ok(Self { at: at.to_owned(), overlay, bind })
     }
-    unmount(root, UnmountFlags::NOFOLLOW)?;
-    Ok(mount(overlay.source.as_slice(), root, "overlay", flags, options.as_c_str())?)
+
+    /// Mounts it as it was, with what the directories beneath have by now.
+    ///
+    /// # Errors
+    /// When it cannot be mounted: then nothing is mounted there.
+    pub(crate) fn put_on(&self) -> io::Result<()> {
+        let Some(overlay) = &self.overlay else { return Ok(()) };
+        let flags = overlay.flags()?;
+        let options = CString::new(overlay.options.clone())?;
+        // Docker gives many layers by paths relative to the directory of all layers, two above the mount.
+        if overlay.is_relative()
+            && let Some(layers) = self.at.parent().and_then(Path::parent)
+        {
+            std::env::set_current_dir(layers)?;
+        }
+        mount(overlay.source.as_slice(), &self.at, "overlay", flags, options.as_c_str())?;
+        match &self.bind {
+            Some(bind) => Ok(mount_bind_recursive(&self.at, bind)?),
+            None => Ok(()),
+        }
+    }
 }
 
 impl Overlay {
@@ -139,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_changed_beneath_is_seen_after_the_renewal() {
+    fn what_was_changed_beneath_is_seen_when_it_is_on_again() {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
         let part = |name: &str| {
             let path = dir.path().join(name);
@@ -155,9 +185,15 @@ mod tests {
         // The overlay has seen what is there and what is not.
         assert!(fs::metadata(merged.join("late")).is_err());
         assert_eq!(fs::read_dir(&merged).unwrap().count(), 1);
+        let bind = part("bind");
+        mount_bind_recursive(&merged, &bind).unwrap();
+        let root = Root::take_off(&merged, Some(bind.clone())).unwrap();
+        assert_eq!(fs::read_dir(&merged).unwrap().count() + fs::read_dir(&bind).unwrap().count(), 0);
         fs::write(upper.join("late"), "upper").unwrap();
         fs::write(upper.join("kept"), "upper").unwrap();
-        renew(&merged).unwrap();
+        root.put_on().unwrap();
+        assert_eq!(fs::read_to_string(bind.join("late")).unwrap(), "upper");
+        unmount(&bind, UnmountFlags::empty()).unwrap();
         let read = |name: &str| fs::read_to_string(merged.join(name)).unwrap();
         let seen = (read("late"), read("kept"), fs::read_dir(&merged).unwrap().count());
         let table = fs::read("/proc/self/mountinfo").unwrap();
@@ -165,6 +201,7 @@ mod tests {
         unmount(&merged, UnmountFlags::empty()).unwrap();
         assert_eq!(seen, ("upper".to_owned(), "upper".to_owned(), 2));
         assert_eq!(flags, MountFlags::NOSUID);
-        renew(&merged).unwrap();
+        let nothing = Root::take_off(&merged, Some(bind)).unwrap();
+        nothing.put_on().unwrap();
     }
 }

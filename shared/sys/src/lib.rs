@@ -14,6 +14,7 @@
 //! | [`netns`] | runs code in another process's network namespace |
 //! | [`mount_ns`] | starts a program in a mount namespace of its own |
 //! | [`packet`] | takes arriving packets, and puts them back |
+//! | [`rcu`] | shortens waits of the kernel's while a container stands still |
 //! | [`arp`] | announces an address on a network segment |
 //! | [`process`] | facts about a process |
 //!
@@ -33,6 +34,7 @@ pub mod pass_fd;
 pub mod pidfd;
 pub mod process;
 mod ptrace;
+pub mod rcu;
 mod thread_choice;
 pub mod uffd;
 pub mod vm_read;
