@@ -38,7 +38,9 @@ pub(crate) fn restore(
     let bundle = create.options.iter().find(|(name, _)| *name == "bundle").map(|(_, path)| Path::new(path));
     let bundle = bundle.ok_or(Failure::Missing("bundle"))?;
     let mut network = armed.network_first.then(|| Network::make(bundle, create.id)).transpose()?;
-    cgroup::tell(bundle, create.id, has_global(create.globals, "systemd-cgroup"), &armed.work)?;
+    if armed.wait {
+        cgroup::tell(bundle, create.id, has_global(create.globals, "systemd-cgroup"), &armed.work)?;
+    }
     let made = called.elapsed();
     let restoring = Instant::now();
     // runc inherits our standard streams: they become the container's.

@@ -242,7 +242,7 @@ mod tests {
     fn what_is_made_is_what_was_read() {
         let source = Mounter::start(
             "mount -t tmpfs -o size=64k,mode=751 t /mnt && cd /mnt && mkdir -m 1777 in && mknod -m 666 null c 1 3 && \
-             mkfifo pipe && ln -s in/file link && echo text > in/file && chmod 4755 in/file && chown 7:8 in/file && \
+             mkfifo pipe && ln -s in/file link && echo text > in/file && chown 7:8 in/file && chmod 4755 in/file && \
              mkdir sub && mount -t tmpfs t sub && echo hidden > sub/hidden && touch -d @1000000000 in",
         );
         let read = source.read("rw,size=64k,mode=751").unwrap();
