@@ -14,6 +14,7 @@
 
 pub mod cause;
 pub mod dump;
+pub mod guard;
 pub mod held;
 pub mod image;
 pub mod inventory;
