@@ -13,6 +13,9 @@ use std::time::Duration;
 /// The program's source.
 pub const SOURCE: &str = include_str!("../workloads/dirtier.c");
 
+/// Another such program, for what is hard to move or cannot be moved: `hardship KIND`, in the same image.
+pub const HARDSHIP: &str = include_str!("../workloads/hardship.c");
+
 /// How long a verification of all memory may take.
 const VERIFY: Duration = Duration::from_secs(60);
 

@@ -307,9 +307,9 @@ pub fn remove(name: &str) -> Result<()> {
 fn binaries() -> Result<PathBuf> {
     let own = std::env::current_exe().context("find this program's own path")?;
     let directory = own.parent().context("this program has no directory")?;
-    let directory =
-        if directory.ends_with("deps") { directory.parent().unwrap_or(directory) } else { directory };
-    Ok(directory.to_owned())
+    // Tests and examples lie below the programs.
+    let below = directory.ends_with("deps") || directory.ends_with("examples");
+    Ok(directory.parent().filter(|_| below).unwrap_or(directory).to_owned())
 }
 
 /// Fails with the remedy when the machine lacks what a fleet needs.

@@ -20,7 +20,7 @@ use std::process::Command;
 pub const REDIS: &str = "haul-test/redis";
 /// A shell and its tools.
 pub const BUSYBOX: &str = "haul-test/busybox";
-/// The self-checking program of [`mod@dirtier`] on top of busybox.
+/// The self-checking programs of [`mod@dirtier`] on top of busybox.
 pub const DIRTIER: &str = "haul-test/dirtier";
 /// The benchmarks' workload of [`mod@writer`] on top of busybox.
 pub const WRITER: &str = "haul-test/writer";
@@ -61,7 +61,7 @@ pub fn archive() -> Result<PathBuf> {
 /// Names what the archive is made from, so that a change of it makes another archive.
 fn recipe() -> Result<String> {
     let mut hash = Sha256::new();
-    for text in [include_str!("image.rs"), dirtier::SOURCE, writer::SOURCE] {
+    for text in [include_str!("image.rs"), dirtier::SOURCE, dirtier::HARDSHIP, writer::SOURCE] {
         hash.update(text);
     }
     for program in [BUSYBOX_PROGRAM, &format!("{REDIS_ROOT}/bin/redis-server")] {
@@ -87,6 +87,7 @@ fn build(work: &Path, archive: &Path) -> Result<()> {
     let dirtier_root = work.join("dirtier-root");
     fs::create_dir_all(dirtier_root.join("bin"))?;
     dirtier::compile(dirtier::SOURCE, &dirtier_root.join("bin/dirtier"))?;
+    dirtier::compile(dirtier::HARDSHIP, &dirtier_root.join("bin/hardship"))?;
     let writer_root = work.join("writer-root");
     fs::create_dir_all(writer_root.join("bin"))?;
     dirtier::compile(writer::SOURCE, &writer_root.join("bin/writer"))?;

@@ -4,12 +4,12 @@ use anyhow::{Context, Result, ensure};
 use haulage_protocol::rpc::Service;
 use haulage_protocol::subject::EVENTS_FILTER;
 use haulage_tests::fleet::Fleet;
-use haulage_tests::image;
 use haulage_tests::load::wait_for_server;
 use haulage_tests::resp::Client;
 use haulage_tests::scenario::{Redis, nothing_left_on, only_on, run, system};
 use haulage_tests::wait;
-use rustix::process::{Pid, Signal, kill_process};
+use haulage_tests::{dirtier, image};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 use std::fs;
 use std::time::Duration;
 
@@ -80,6 +80,45 @@ fn a_page_server_that_dies_with_pages_missing_ends_the_copy_and_the_source_goes_
         ensure!(code == "memory_lost", "{code}");
         ensure!(fleet.host(0).init_pid("web")? == pid, "the source was restarted");
         client.fill(1)
+    })
+}
+
+/// In the restore it may be early or late; when all is in place nobody needs it any more. Whenever it is, one copy runs,
+/// and it has all its memory.
+#[test]
+fn a_page_server_that_dies_at_any_other_moment_leaves_one_whole_copy() -> Result<()> {
+    system(&Fleet::builder(), |fleet| {
+        let mut at = 0;
+        run(fleet, at, "memory", 0, &[image::DIRTIER, "dirtier", "64", "20"])?;
+        for (phase, wait) in
+            [("restore", 0), ("restore", 100), ("restore", 300), ("verify", 0), ("commit", 0)]
+        {
+            let to = 1 - at;
+            let mut events = fleet.nats()?.subscribe(EVENTS_FILTER)?;
+            let migration = fleet.start_migration("memory", at, to)?;
+            events.wait_for_phase("settle", PATIENCE)?;
+            let server = pidfd_open(page_server(fleet)?, PidfdFlags::empty())?;
+            events.wait_for_phase(phase, PATIENCE)?;
+            // Not for anything to happen, but to hit another moment.
+            std::thread::sleep(Duration::from_millis(wait));
+            let killed = pidfd_send_signal(&server, Signal::KILL);
+            let moved = migration.wait(DISTURBED)?;
+            println!("{phase} and {wait} ms: {killed:?}, {} {}", moved.outcome, moved.code);
+            match moved.outcome.as_str() {
+                "committed" => at = to,
+                "rolled_back" => ensure!(
+                    ["restore_failed", "memory_lost"].contains(&moved.code.as_str()),
+                    "in {phase}: {}",
+                    moved.result
+                ),
+                _ => anyhow::bail!("in {phase}: {}", moved.result),
+            }
+            only_on(fleet, "memory", at)?;
+            let verdict = dirtier::verify(fleet.host(at), "memory")?;
+            ensure!(verdict.bad == 0, "in {phase}: {verdict:?}");
+            fleet.hosts().iter().try_for_each(nothing_left_on)?;
+        }
+        Ok(())
     })
 }
 

@@ -11,6 +11,8 @@ pub(crate) const EXEC_SESSION: FaultCode = FaultCode::known("exec_session");
 pub(crate) const FREEZE: FaultCode = FaultCode::known("freeze_failed");
 /// CRIU could not dump.
 pub(crate) const DUMP: FaultCode = FaultCode::known("dump_failed");
+/// Asynchronous IO has ended after the container was frozen.
+pub(crate) const IO_IN_FLIGHT: FaultCode = FaultCode::known("io_in_flight");
 /// The container could not be ended or let go.
 pub(crate) const RELEASE: FaultCode = FaultCode::known("release_failed");
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use haulage_criu::mask::{DEFAULT_PARENT, PagemapMask};
 use haulage_criu::quiet;
 use haulage_engine::{Captured, ContainerSpec, Engine, RestartPolicy, capture};
+use haulage_pages::in_flight::Rings;
 use haulage_pages::maps::Maps;
 use haulage_pages::process::{self, Process};
 use haulage_protocol::checkpointer::{Freeze, Frozen, MappedFile};
@@ -22,10 +23,11 @@ use haulage_sys::rcu::Expedited;
 
 use crate::Checkpointer;
 use crate::drift;
-use crate::failure::{self, EXEC_SESSION, FREEZE, fault, joined};
+use crate::failure::{self, EXEC_SESSION, FREEZE, IO_IN_FLIGHT, fault, joined};
 use crate::hold::{Session, State};
 use crate::inspect::{bundle, volume_root};
 use crate::notes::Notes;
+use crate::obstacle;
 
 /// How long a cgroup may take to freeze. It takes well under a millisecond unless a task is stuck in the kernel.
 pub(crate) const FREEZE_WITHIN: Duration = Duration::from_secs(5);
@@ -79,6 +81,8 @@ fn prepare(
 ) -> Result<(Session, Silence), Fault> {
     let spec = &captured.spec;
     let bundle = bundle(&spec.id, captured.state.pid)?;
+    // It may have begun since it was inspected, and the dump would fail for it.
+    obstacle::refuse(&process::list(&bundle.cgroup.procs_file).map_err(fault(FREEZE))?, &FREEZE)?;
     let volumes =
         spec.volumes().filter(|(_, volume)| !volume.anonymous).map(|(_, volume)| volume.name.clone());
     let dir = service.config.migration_dir(migration);
@@ -104,10 +108,9 @@ fn prepare(
     notes.write(&dir).map_err(fault(FREEZE))?;
     let mask = PagemapMask::prepare(&service.criu, Path::new(DEFAULT_PARENT)).map_err(fault(FREEZE))?;
     let change = quiet::Change::to_silence(&namespace).map_err(fault(FREEZE))?;
-    Ok((
-        Session { notes, bundle, capture: None, expedited: None, state: State::Frozen(mask) },
-        Silence { namespace, change },
-    ))
+    let state = State::Frozen(mask);
+    let session = Session { notes, bundle, rings: Rings::default(), capture: None, expedited: None, state };
+    Ok((session, Silence { namespace, change }))
 }
 
 /// The container's network, about to be silenced.
@@ -142,7 +145,11 @@ fn freeze_whole(session: &mut Session, spec: &ContainerSpec, silence: Silence) -
         capture.inspect_err(|error| tracing::warn!(%error, "arriving packets are not kept")).ok();
     // Before its sockets are dumped: what the kernel acknowledged afterwards would be lost.
     let silenced = quiet::hush(&silence.namespace, silence.change).map_err(fault(FREEZE));
-    match silenced.and_then(|()| mapped_writable(&processes, spec)) {
+    let ready = silenced.and_then(|()| {
+        session.rings = settled(&processes)?;
+        mapped_writable(&processes, spec)
+    });
+    match ready {
         Ok(mapped_writable) => Ok(Frozen {
             at,
             took: Micros::from_duration(began.elapsed()),
@@ -154,6 +161,20 @@ fn freeze_whole(session: &mut Session, spec: &ContainerSpec, silence: Silence) -
             Err(error)
         }
     }
+}
+
+/// Waits for asynchronous IO that is under way.
+fn settled(processes: &[Process]) -> Result<Rings, Fault> {
+    match Rings::settled(processes).map_err(fault(FREEZE))? {
+        (rings, true) => Ok(rings),
+        (_, false) => {
+            Err(io_in_flight("asynchronous IO of the container goes on for long after it was frozen"))
+        }
+    }
+}
+
+pub(crate) fn io_in_flight(message: &str) -> Fault {
+    Fault::new(IO_IN_FLIGHT, message).remedy("try again when the container's disk has less to do")
 }
 
 /// The container's processes, all of which descend from its first one.
@@ -193,11 +214,14 @@ fn parent(pid: i32) -> Option<i32> {
     fields.split_ascii_whitespace().nth(1)?.parse().ok()
 }
 
-/// Files that some process maps shared and writable.
+/// Files that some process maps shared and writable. Processes may end meanwhile, unless they are frozen.
 pub(crate) fn mapped_writable(processes: &[Process], spec: &ContainerSpec) -> Result<Vec<MappedFile>, Fault> {
     let mut files = BTreeSet::new();
     for process in processes {
-        let maps = Maps::of(process.pid).map_err(fault(FREEZE))?;
+        let maps = match Maps::of(process.pid) {
+            Err(error) if error.is_gone() => continue,
+            maps => maps.map_err(fault(FREEZE))?,
+        };
         files.extend(maps.shared_writable_files().iter().filter_map(|path| carried(path, spec)));
     }
     Ok(files.into_iter().collect())

@@ -1,28 +1,32 @@
 //! The dump, and the hold that follows it.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 use haulage_criu::dump::{self, DumpRequest};
+use haulage_criu::guard;
 use haulage_criu::held::HeldDump;
 use haulage_criu::mask::PagemapMask;
 use haulage_criu::packets;
 use haulage_criu::rpc::NetworkLock;
 use haulage_engine::BundleFacts;
+use haulage_pages::in_flight::Rings;
 use haulage_pages::maps::Maps;
-use haulage_pages::process;
+use haulage_pages::process::{self, Vpid};
 use haulage_protocol::checkpointer::{Confirmed, Dump, Dumped, Network};
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::MigrationId;
 use haulage_protocol::unit::{Bytes, Micros};
 use haulage_sys::freezer::Freezer;
 use haulage_sys::packet::Capture;
+use haulage_sys::pagemap::Pagemap;
 use haulage_sys::rcu::Expedited;
 
 use crate::Checkpointer;
 use crate::failure::{DUMP, fault, joined};
-use crate::freeze::FREEZE_WITHIN;
+use crate::freeze::{FREEZE_WITHIN, io_in_flight};
 use crate::notes::{DUMP as DUMP_DIR, Notes};
 
 /// A container that this process has frozen.
@@ -33,6 +37,8 @@ pub(crate) struct Session {
     pub(crate) capture: Option<Capture>,
     /// While it is frozen and dumped.
     pub(crate) expedited: Option<Expedited>,
+    /// The events of asynchronous IO, as they stood when the container was frozen.
+    pub(crate) rings: Rings,
     pub(crate) state: State,
 }
 
@@ -83,9 +89,12 @@ fn dump_frozen(
     for dir in [&images, &work] {
         std::fs::create_dir_all(dir).map_err(fault(DUMP))?;
     }
-    let mask = cover(mask, session)?;
+    let (mask, guards) = cover(mask, session)?;
     let request = request(&session.bundle, images.clone(), work, network);
     let held = dump::Dump::start(&service.criu, &request, Some(mask)).map_err(fault(DUMP))?;
+    for (vpid, guards) in guards {
+        guard::add(&images, vpid.0, &guards).map_err(fault(DUMP))?;
+    }
     session.state = State::Held(held);
     // CRIU has thawed the cgroup and stops the tasks itself. Should it die, they shall stand still all the same.
     let freezer = Freezer::open(&session.notes.freezer).map_err(fault(DUMP))?;
@@ -108,8 +117,12 @@ fn keep_packets(migration: &MigrationId, session: &mut Session, images: &Path) {
     }
 }
 
-/// Hides the memory that the page-shipper carries.
-fn cover(mut mask: PagemapMask, session: &Session) -> Result<PagemapMask, Fault> {
+/// The guard regions of each process, which are addresses.
+type Guards = Vec<(Vpid, Vec<Range<u64>>)>;
+
+/// Hides the memory that the page-shipper carries, and tells what CRIU does not see behind the mask.
+fn cover(mut mask: PagemapMask, session: &Session) -> Result<(PagemapMask, Guards), Fault> {
+    let mut guards = Guards::new();
     for process in process::list(&session.notes.procs).map_err(fault(DUMP))? {
         let maps = Maps::of(process.pid).map_err(fault(DUMP))?;
         // A zombie has no memory, and no pagemap to cover.
@@ -118,8 +131,10 @@ fn cover(mut mask: PagemapMask, session: &Session) -> Result<PagemapMask, Fault>
         }
         let hidden: Vec<_> = maps.tracked().map(|pages| pages.addresses()).collect();
         mask.cover(process.pid.as_raw_nonzero().get(), &hidden).map_err(fault(DUMP))?;
+        let guarded = Pagemap::open(process.pid).and_then(|mut pagemap| pagemap.guards());
+        guards.push((process.vpid, guarded.map_err(fault(DUMP))?));
     }
-    Ok(mask)
+    Ok((mask, guards))
 }
 
 fn request(bundle: &BundleFacts, images: PathBuf, work: PathBuf, network: Network) -> DumpRequest {
@@ -157,6 +172,11 @@ pub(crate) async fn confirm(service: Arc<Checkpointer>, migration: MigrationId) 
     };
     let session = service.take(&migration).ok_or_else(lost)?;
     let alive = matches!(&session.state, State::Held(held) if held.is_alive());
+    let moved = session.rings.have_moved().map_err(fault(code::HOLD_LOST));
     service.put(&migration, session);
-    if alive { Ok(Confirmed {}) } else { Err(lost()) }
+    match moved? {
+        _ if !alive => Err(lost()),
+        true => Err(io_in_flight("asynchronous IO has ended after the container was dumped")),
+        false => Ok(Confirmed {}),
+    }
 }

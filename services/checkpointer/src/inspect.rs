@@ -16,6 +16,7 @@ use haulage_protocol::unit::Bytes;
 use crate::Checkpointer;
 use crate::failure::{self, joined};
 use crate::freeze::mapped_writable;
+use crate::obstacle;
 
 const NOT_INSPECTABLE: FaultCode = FaultCode::known("not_inspectable");
 const LACKS_CAPABILITY: FaultCode = FaultCode::known("lacks_capability");
@@ -57,6 +58,7 @@ fn describe(
     let processes =
         haulage_pages::process::list(&bundle.cgroup.procs_file).map_err(failure::fault(NOT_INSPECTABLE))?;
     limits_are_readable(&processes)?;
+    obstacle::refuse(&processes, &NOT_INSPECTABLE)?;
     let memory = processes.iter().map(|process| resident(process.pid.as_raw_nonzero().get())).sum();
     let roots = roots(captured)?;
     let host = HostFacts::gather(engine).map_err(failure::fault(NOT_INSPECTABLE))?;

@@ -18,6 +18,7 @@ mod freeze;
 mod hold;
 mod inspect;
 mod notes;
+mod obstacle;
 mod roll_back;
 mod throttle;
 

@@ -20,7 +20,7 @@ use haulage_transport::stream::{BulkConnection, BulkSession, FrameKind};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
-use crate::failure::{STORE, fault};
+use crate::failure::{STORE, fault, not_stored};
 use crate::wire::{BATCH, COMPLETE, FINISH, FINISHED, Finished, MANIFEST, NAMED, OK, ROUND_END};
 
 /// Batches (a MiB each, at most 4) that wait to be decoded.
@@ -127,7 +127,7 @@ impl Hall {
     fn with<T>(&self, work: impl FnOnce(&mut TargetEngine) -> Result<T, TargetError>) -> Result<T, Fault> {
         let mut engine = locked(&self.engine);
         let engine = engine.as_mut().ok_or_else(|| Fault::new(code::OUT_OF_ORDER, "the store is sealed"))?;
-        work(engine).map_err(fault(STORE))
+        work(engine).map_err(|error| not_stored(&error))
     }
 
     /// The first connection, in the order in which it comes.
@@ -140,8 +140,10 @@ impl Hall {
         while let Some(frame) = connection.recv().await.map_err(|error| stream(&error))? {
             match frame.kind {
                 BATCH => {
-                    let gone = |_| Fault::new(code::INTERNAL, "nobody decodes any more");
-                    batches.send(frame.payload).await.map_err(gone)?;
+                    if batches.send(frame.payload).await.is_err() {
+                        // Nobody decodes any more, and why is for the decoders to say: that ends this.
+                        return std::future::pending().await;
+                    }
                 }
                 COMPLETE => self.wait_for(&frame.payload).await?,
                 NAMED => {
@@ -179,7 +181,7 @@ impl Hall {
     fn finish(&self, manifest: &FinalManifest) -> Result<FinishReport, Fault> {
         let engine = locked(&self.engine).take();
         let engine = engine.ok_or_else(|| Fault::new(code::OUT_OF_ORDER, "the store is sealed"))?;
-        engine.finish(manifest).map_err(fault(STORE))
+        engine.finish(manifest).map_err(|error| not_stored(&error))
     }
 }
 

@@ -21,7 +21,10 @@ struct Session {
 }
 
 async fn session() -> Session {
-    let dir = tempfile::tempdir().unwrap();
+    session_in(tempfile::tempdir().unwrap()).await
+}
+
+async fn session_in(dir: tempfile::TempDir) -> Session {
     let config = HostConfig {
         nats: NatsConfig { nats: String::new() },
         host: "here".parse::<HostId>().unwrap(),
@@ -52,6 +55,18 @@ fn batch(round: u32, page: u64) -> Bytes {
         bytes.extend(u32::to_le_bytes(word));
     }
     bytes.extend((page | 1 << 36 | 1 << 63).to_le_bytes());
+    bytes.into()
+}
+
+/// As many pages with data as a batch may have, a MiB.
+fn full_batch(page: u64) -> Bytes {
+    const PAGES: u64 = 256;
+    let mut bytes = batch(1, 0).to_vec();
+    // The last word of the header is the length of the data, and the run comes behind them.
+    bytes.truncate(bytes.len() - size_of::<u64>() - size_of::<u32>());
+    bytes.extend(((PAGES << 12) as u32).to_le_bytes());
+    bytes.resize(bytes.len() + (PAGES << 12) as usize, 7);
+    bytes.extend((page | PAGES << 36).to_le_bytes());
     bytes.into()
 }
 
@@ -123,4 +138,38 @@ async fn more_batches_than_were_counted_and_names_of_nothing_are_refused() {
         send(&mut first, kind, payload).await;
         assert_eq!(first.answer(OK, "the pages").await.unwrap_err().code.as_str(), code);
     }
+}
+
+/// A file system of two MiB, unmounted when this is dropped.
+struct Small(std::path::PathBuf);
+
+impl Small {
+    fn mount(dir: &std::path::Path) -> Self {
+        let args = ["-t", "tmpfs", "-o", "size=2m", "none"];
+        let mounted = std::process::Command::new("mount").args(args).arg(dir).status().unwrap();
+        assert!(mounted.success(), "this test needs root");
+        Self(dir.to_owned())
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_without_room_is_told_to_the_source_with_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let small = Small::mount(dir.path());
+    let Session { mut first, second: _second, _arrivals, _dir } = session_in(dir).await;
+    // Dropped before the directory that it is mounted on.
+    let _small = small;
+    for n in 0..3 {
+        send(&mut first, BATCH, full_batch(n * 256)).await;
+    }
+    send(&mut first, COMPLETE, count(3)).await;
+    let fault = first.answer(OK, "the pages").await.unwrap_err();
+    assert_eq!((fault.code, fault.remedy.as_deref()), (STORE, Some(crate::failure::MAKE_ROOM)));
+    assert!(fault.causes.iter().any(|cause| cause.contains("No space left")), "{:?}", fault.causes);
 }

@@ -29,8 +29,9 @@ use crate::wire::CARGO;
 /// A tracker that is killed while it injects takes the container with it: the kernel shall choose others.
 const LAST_TO_DIE: i16 = -1000;
 
-/// Freed memory that is kept for the next batches, in bytes: about what a migration has on its way.
-const KEPT: u32 = 32 << 20;
+/// Freed memory that is kept for the next batches, in bytes: about what a migration has on its way. To be arranged for
+/// when the process begins ([`haulage_sys::process::keep_freed_memory`]).
+pub const KEPT: u32 = 32 << 20;
 
 /// What every verb works with.
 pub(crate) struct PageShipper {
@@ -47,7 +48,6 @@ pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>
     if let Err(error) = haulage_sys::process::set_oom_score_adj(LAST_TO_DIE) {
         tracing::warn!(%error, "this process is not protected from the out-of-memory killer");
     }
-    haulage_sys::process::keep_freed_memory(KEPT);
     let arrivals = Arrivals::bind(&shell.config, CARGO).await?;
     shell.facts.insert("pages".to_owned(), arrivals.address().to_string());
     let service = Arc::new(PageShipper { config: shell.config.clone(), arrivals, sources: Mutex::default() });
@@ -76,5 +76,7 @@ async fn close(service: Arc<PageShipper>, migration: MigrationId) -> Result<Page
     let dir = service.config.migration_dir(&migration);
     let removed = tokio::task::spawn_blocking(move || notes::remove(&dir, &[PACE])).await;
     removed.map_err(fault(STORE))?.map_err(fault(STORE))?;
+    // What was kept for the next batch of this migration.
+    tokio::task::spawn_blocking(haulage_sys::process::give_back_freed_memory).await.map_err(fault(STORE))?;
     Ok(PagesClosed {})
 }

@@ -1,7 +1,7 @@
 //! The target role: receive into the page store.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use haulage_pages::store::StoreLimits;
@@ -15,7 +15,7 @@ use haulage_service::notes;
 
 use crate::PageShipper;
 use crate::arrival::Arrival;
-use crate::failure::{STORE, fault, joined};
+use crate::failure::{MAKE_ROOM, STORE, fault, joined};
 
 /// The page store in a migration's directory.
 const STORE_DIR: &str = "pages";
@@ -29,7 +29,7 @@ pub(crate) async fn open(
     remove_store(service.clone(), migration.clone()).await?;
     let (worker, id) = (service.clone(), migration.clone());
     let made = tokio::task::spawn_blocking(move || {
-        let store = place(&worker.config, &id, ask.memory).join(STORE_DIR);
+        let store = place(&worker.config, &id, ask.memory)?.join(STORE_DIR);
         std::fs::create_dir_all(&store).map_err(fault(STORE))?;
         let engine = TargetEngine::create(&store, StoreLimits::default()).map_err(fault(STORE))?;
         Ok((store, engine))
@@ -41,19 +41,35 @@ pub(crate) async fn open(
     Ok(PagesOpened { address, store: store.to_string_lossy().into_owned() })
 }
 
-/// In memory when there is ample room, else on disk: the store and the images that it is joined to each hold the
-/// container's memory once, and the restored container holds it again.
-fn place(config: &HostConfig, migration: &MigrationId, memory: Size) -> PathBuf {
+/// In memory when there is ample room, else on disk: the store holds the container's memory once, and the restored
+/// container holds it again. Refused at once where neither has room for it; what a container needs more than it did when
+/// it was looked at is found out when it comes.
+fn place(config: &HostConfig, migration: &MigrationId, memory: Size) -> Result<PathBuf, Fault> {
     const COPIES_WITH_ROOM_TO_SPARE: u64 = 4;
     let ample = memory.0.saturating_mul(COPIES_WITH_ROOM_TO_SPARE);
     match available() {
-        Ok(available) if available >= ample => config.memory_dir(migration),
-        Ok(_) => config.migration_dir(migration),
-        Err(error) => {
-            tracing::warn!(%error, "the room in memory is not known, pages go to disk");
-            config.migration_dir(migration)
+        Ok(available) if available >= ample && room_in(&config.page_dir) >= memory.0 => {
+            return Ok(config.memory_dir(migration));
         }
+        Ok(_) => {}
+        Err(error) => tracing::warn!(%error, "the room in memory is not known, pages go to disk"),
     }
+    let room = room_in(&config.state_dir);
+    if room >= memory.0 {
+        return Ok(config.migration_dir(migration));
+    }
+    let message = format!(
+        "there is no room for {} MiB of memory: neither in memory nor on disk, where {} MiB are free",
+        memory.0 >> 20,
+        room >> 20
+    );
+    Err(Fault::new(STORE, message).remedy(MAKE_ROOM))
+}
+
+/// Free space in bytes of the file system that `dir`, or the nearest directory above it that exists, is on.
+fn room_in(dir: &Path) -> u64 {
+    let known = dir.ancestors().find_map(|dir| rustix::fs::statvfs(dir).ok());
+    known.map_or(0, |about| about.f_bavail.saturating_mul(about.f_frsize))
 }
 
 /// `MemAvailable` of proc_meminfo(5), in bytes.

@@ -64,7 +64,14 @@ fn kill(pid: Pid, id: &str) -> io::Result<()> {
     }
     match pidfd_send_signal(&process, Signal::KILL) {
         Ok(()) | Err(rustix::io::Errno::SRCH) => {}
-        Err(error) => return Err(error.into()),
+        Err(error) => {
+            let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            let error = io::Error::from(error);
+            return Err(io::Error::new(
+                error.kind(),
+                format!("cannot kill {} ({pid}): {error}", name.trim_end()),
+            ));
+        }
     }
     let mut dying = [rustix::event::PollFd::new(&process, rustix::event::PollFlags::IN)];
     let within = rustix::event::Timespec { tv_sec: 1, tv_nsec: 0 };

@@ -120,6 +120,21 @@ const KNOWN: &[Known] = &[
         "this CRIU cannot dump internet sockets on Linux 6.16 and later",
         "install CRIU 4.2 or newer",
     ),
+    known(
+        "VMA-s are not sorted in the image file",
+        "a program has guard regions of memory, which the target's CRIU does not know",
+        "install CRIU 4.2 or newer on the target",
+    ),
+    known(
+        "MADV_GUARD_INSTALL) failed",
+        "a program has guard regions of memory, which the target's kernel does not know",
+        "choose a target with Linux 6.13 or later",
+    ),
+    known(
+        "wrong aio: ",
+        "a program has a queue for asynchronous io, which the kernel makes larger on this host, with its more processors",
+        "choose a target with no more processors than the source",
+    ),
     known("No space left on device", "the disk is full", "make room for the images"),
     known("Cannot allocate memory", "the host is out of memory", "free memory or choose another target"),
 ];

@@ -141,7 +141,8 @@ impl<R: Read> ImageReader<R> {
         ImageError::Unknown { path: self.path.clone(), what: what.to_string() }
     }
 
-    fn next_bytes(&mut self) -> Result<Option<Vec<u8>>, ImageError> {
+    /// The next record as it is, or `None` at the end of the file.
+    pub(crate) fn next_bytes(&mut self) -> Result<Option<Vec<u8>>, ImageError> {
         let mut head = Vec::with_capacity(4);
         self.inner.by_ref().take(4).read_to_end(&mut head).map_err(io_at(&self.path))?;
         let length = match <[u8; 4]>::try_from(head.as_slice()) {
@@ -184,7 +185,11 @@ impl<W: Write> ImageWriter<W> {
 
     /// Appends a record.
     pub fn append(&mut self, message: &impl Message) -> Result<(), ImageError> {
-        let bytes = message.encode_to_vec();
+        self.append_bytes(&message.encode_to_vec())
+    }
+
+    /// Appends a record that is encoded already.
+    pub(crate) fn append_bytes(&mut self, bytes: &[u8]) -> Result<(), ImageError> {
         let length = u32::try_from(bytes.len()).ok().filter(|length| *length <= MAX_RECORD);
         let Some(length) = length else {
             return Err(ImageError::Damaged {
@@ -194,7 +199,7 @@ impl<W: Write> ImageWriter<W> {
         };
         self.inner
             .write_all(&length.to_le_bytes())
-            .and_then(|()| self.inner.write_all(&bytes))
+            .and_then(|()| self.inner.write_all(bytes))
             .map_err(io_at(&self.path))
     }
 

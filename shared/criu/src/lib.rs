@@ -15,6 +15,7 @@
 pub mod cause;
 pub mod companion;
 pub mod dump;
+pub mod guard;
 pub mod held;
 pub mod image;
 pub mod inventory;

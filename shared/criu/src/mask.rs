@@ -230,7 +230,11 @@ fn subtract(all: &[Range<u64>], hidden: &[Range<u64>]) -> Vec<Range<u64>> {
     shown
 }
 
-/// Copies the pagemap entries of the addresses in `shown`, leaving holes where there is nothing.
+/// "Pte is a guard region" of `Documentation/admin-guide/mm/pagemap.rst` (Linux 6.15 and later), in an entry's last byte.
+const GUARD_IN_LAST_BYTE: u8 = 1 << (58 - 56);
+
+/// Copies the pagemap entries of the addresses in `shown`, leaving holes where there is nothing. Guards are nothing:
+/// their entries say that something is in swap, and who believes it fails to read it.
 fn copy_entries(from: &File, to: &File, shown: Range<u64>) -> io::Result<()> {
     let entries = shown.start / PAGE_SIZE * ENTRY..shown.end.div_ceil(PAGE_SIZE) * ENTRY;
     let mut buffer = vec![0; PIECE];
@@ -239,6 +243,9 @@ fn copy_entries(from: &File, to: &File, shown: Range<u64>) -> io::Result<()> {
         let length = (entries.end - offset).min(PIECE as u64) as usize;
         let piece = buffer.get_mut(..length).unwrap_or_default();
         from.read_exact_at(piece, offset)?;
+        let (entries, _) = piece.as_chunks_mut::<{ ENTRY as usize }>();
+        let is_guard = |entry: &[u8]| entry.last().is_some_and(|byte| byte & GUARD_IN_LAST_BYTE != 0);
+        entries.iter_mut().filter(|entry| is_guard(*entry)).for_each(|entry| entry.fill(0));
         if piece.iter().any(|byte| *byte != 0) {
             to.write_all_at(piece, offset)?;
         }

@@ -1,6 +1,6 @@
 //! `mm-<pid>.img`: the memory mappings of a process, as the restore will make them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::image::{ImageError, ImageKind, ImageReader};
 
@@ -20,6 +20,8 @@ const MAP_LOCKED: u32 = 0x2000;
 const MAP_HUGETLB: u32 = 0x4_0000;
 /// `VMA_AREA_VSYSCALL`, `VMA_AREA_VDSO` and `VMA_AREA_VVAR` of `criu/include/image.h`: the kernel's own.
 const KERNELS: u32 = 1 << 2 | 1 << 3 | 1 << 12;
+/// `VMA_AREA_GUARD` of `criu/include/image.h`: no mapping, but pages of one that are guarded ([`crate::guard`]).
+pub(crate) const GUARD: u32 = 1 << 16;
 
 /// A mapping. Addresses are in bytes, `end` exclusive.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
@@ -51,13 +53,20 @@ impl Mapping {
     }
 }
 
+/// The image of process `pid` in `dir`.
+pub(crate) fn path(dir: &Path, pid: u32) -> PathBuf {
+    dir.join(format!("mm-{pid}.img"))
+}
+
 /// The mappings of process `pid` in the images in `dir`, in address order.
 ///
 /// # Errors
 /// When the image is missing or damaged.
 pub fn read(dir: &Path, pid: u32) -> Result<Vec<Mapping>, ImageError> {
-    let mut reader = ImageReader::open(&dir.join(format!("mm-{pid}.img")), ImageKind::Mm)?;
-    let entry: MmEntry = reader.read()?.ok_or_else(|| reader.damaged("it is empty"))?;
+    let mut reader = ImageReader::open(&path(dir, pid), ImageKind::Mm)?;
+    let mut entry: MmEntry = reader.read()?.ok_or_else(|| reader.damaged("it is empty"))?;
+    // They follow the mappings, and lie within them.
+    entry.mappings.retain(|mapping| mapping.status & GUARD == 0);
     if entry.mappings.is_sorted_by_key(|mapping| mapping.start) {
         Ok(entry.mappings)
     } else {

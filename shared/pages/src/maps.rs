@@ -92,6 +92,15 @@ pub enum MapsError {
     },
 }
 
+impl MapsError {
+    /// Whether there is no such process any more.
+    pub fn is_gone(&self) -> bool {
+        let Self::Read { source, .. } = self else { return false };
+        let gone = rustix::io::Errno::SRCH.raw_os_error();
+        source.kind() == io::ErrorKind::NotFound || source.raw_os_error() == Some(gone)
+    }
+}
+
 impl Maps {
     /// The mappings of `pid` now.
     ///

@@ -6,7 +6,7 @@
 use std::error::Error;
 use std::fmt;
 
-use haulage_sys::pagemap::{Categories, Entry, Filter, Pagemap};
+use haulage_sys::pagemap::{Categories, Entry, Filter, Pagemap, tells_guards};
 use haulage_sys::{CallError, Errno};
 
 use crate::maps::{Maps, MapsError};
@@ -167,15 +167,20 @@ pub trait DirtyTracker: Send + fmt::Debug {
     fn final_scan(&mut self, processes: &[Process]) -> Result<Vec<FinalScan>, TrackError>;
 }
 
-/// What makes a page of a private anonymous mapping exist: present or swapped, and not the page of zeros.
+/// What makes a page of a private anonymous mapping exist: present or swapped, and neither the page of zeros nor a
+/// guard, which looks like a swapped page and cannot be read. Guards are no pages: CRIU's images name them
+/// (`haulage_criu::guard`).
 ///
 /// Not asked: whether it is of a file. In such a mapping none is, and the kernel would have to look at every page's
 /// own record to answer, which takes most of the time of a scan.
-pub(crate) const EXISTS: Filter = Filter {
-    all: Categories::NONE,
-    none: Categories::ZERO_PAGE,
-    any: Categories::PRESENT.and(Categories::SWAPPED),
-};
+pub(crate) fn exists() -> Filter {
+    let guard = if tells_guards() { Categories::GUARD } else { Categories::NONE };
+    Filter {
+        all: Categories::NONE,
+        none: Categories::ZERO_PAGE | guard,
+        any: Categories::PRESENT | Categories::SWAPPED,
+    }
+}
 
 /// Pagemap entries read at a time where the kernel has no `PAGEMAP_SCAN`.
 const ENTRIES_AT_A_TIME: u64 = 64 * 1024;
@@ -196,12 +201,12 @@ pub(crate) fn scan_frozen(process: Process) -> Result<FinalScan, TrackError> {
 }
 
 fn existing(pagemap: &mut Pagemap, mapped: &RangeSet) -> Result<(RangeSet, RangeSet), CallError> {
-    let (mut exists, mut unwritten) = (RangeSet::new(), RangeSet::new());
-    let report = Categories::WP_ALLOWED | Categories::WRITTEN;
+    let (mut found, mut unwritten) = (RangeSet::new(), RangeSet::new());
+    let (filter, report) = (exists(), Categories::WP_ALLOWED | Categories::WRITTEN);
     for run in mapped.iter() {
-        let scanned = pagemap.scan(run.addresses(), EXISTS, report, &mut |region| {
+        let scanned = pagemap.scan(run.addresses(), filter, report, &mut |region| {
             let Some(range) = PageRange::of_addresses(region.start..region.end) else { return };
-            exists.insert(range);
+            found.insert(range);
             if region.categories == Categories::WP_ALLOWED {
                 unwritten.insert(range);
             }
@@ -214,7 +219,7 @@ fn existing(pagemap: &mut Pagemap, mapped: &RangeSet) -> Result<(RangeSet, Range
             Err(error) => return Err(error),
         }
     }
-    Ok((exists, unwritten))
+    Ok((found, unwritten))
 }
 
 /// As [`existing`], for kernels before 6.7. It cannot tell the page of zeros, which is then sent as zeros.

@@ -17,15 +17,14 @@ use std::time::Duration;
 use haulage_sys::inject::{self, InjectError};
 use haulage_sys::pagemap::{Categories, Filter, Pagemap};
 use haulage_sys::uffd::WriteTracker;
-use haulage_sys::{ADDRESS_END, CallError, Errno, pidfd};
+use haulage_sys::{ADDRESS_END, CallError, pidfd};
 
 use crate::direct_io;
 use crate::maps::{Maps, MapsError};
 use crate::process::{Process, Vpid};
 use crate::range::{PageRange, RangeSet};
 use crate::track::{
-    self, Collected, DirtyTracker, EXISTS, FinalScan, Forgotten, Method, Refused, TrackError, Tracking,
-    Untracked,
+    self, Collected, DirtyTracker, FinalScan, Forgotten, Method, Refused, TrackError, Tracking, Untracked,
 };
 
 /// How long a process may take to stop for injection. Running and sleeping threads stop within microseconds.
@@ -77,12 +76,9 @@ enum RoundError {
 impl RoundError {
     fn is_gone(&self) -> bool {
         match self {
-            Self::Maps(MapsError::Read { source, .. }) => {
-                source.kind() == std::io::ErrorKind::NotFound
-                    || source.raw_os_error() == Some(Errno::SRCH.raw_os_error())
-            }
+            Self::Maps(error) => error.is_gone(),
             Self::Call(error) => error.is_gone(),
-            Self::Maps(MapsError::Line { .. }) | Self::OtherMemory => false,
+            Self::OtherMemory => false,
         }
     }
 }
@@ -95,7 +91,7 @@ impl WriteProtect {
     pub fn new() -> Result<Self, CallError> {
         WriteTracker::of_self()?;
         let mut pagemap = Pagemap::open(rustix::process::getpid())?;
-        pagemap.scan(0..ADDRESS_END, EXISTS, Categories::WP_ALLOWED, &mut |_| {})?;
+        pagemap.scan(0..ADDRESS_END, track::exists(), Categories::WP_ALLOWED, &mut |_| {})?;
         Ok(Self::default())
     }
 
@@ -267,7 +263,8 @@ impl Held {
 
 /// Pages of `within` that exist outside registered mappings.
 fn unregistered(pagemap: &mut Pagemap, within: &RangeSet) -> Result<RangeSet, CallError> {
-    let filter = Filter { none: EXISTS.none.and(Categories::WP_ALLOWED), ..EXISTS };
+    let exists = track::exists();
+    let filter = Filter { none: exists.none | Categories::WP_ALLOWED, ..exists };
     let mut found = RangeSet::new();
     for run in within.iter() {
         pagemap.scan(run.addresses(), filter, Categories::PRESENT, &mut |region| {
@@ -284,7 +281,7 @@ fn unregistered(pagemap: &mut Pagemap, within: &RangeSet) -> Result<RangeSet, Ca
 /// Only pages that hold something are asked for: otherwise holes would be protected too, and a sparse mapping of 64 GiB
 /// would cost 131 MB of page tables.
 fn protect_written(pagemap: &mut Pagemap, within: &RangeSet) -> Result<RangeSet, CallError> {
-    let filter = Filter { all: Categories::WP_ALLOWED | Categories::WRITTEN, ..EXISTS };
+    let filter = Filter { all: Categories::WP_ALLOWED | Categories::WRITTEN, ..track::exists() };
     let mut found = RangeSet::new();
     for run in within.iter() {
         pagemap.scan_and_protect(run.addresses(), filter, Categories::WRITTEN, &mut |region| {

@@ -8,6 +8,8 @@
     reason = "a test fails by panicking"
 )]
 
+#[path = "target/hardship.rs"]
+mod hardship;
 mod target;
 
 use std::fs::File;
@@ -22,7 +24,7 @@ use haulage_pages::maps::Maps;
 use haulage_pages::none::NoTracking;
 use haulage_pages::policy::{Pace, TransferPolicy};
 use haulage_pages::process::{self, Process};
-use haulage_pages::range::{PageNo, PageRange};
+use haulage_pages::range::{PageNo, PageRange, RangeSet};
 use haulage_pages::sealed::SealedStore;
 use haulage_pages::source::{RoundReport, SourceEngine, SourceError, SourceOptions};
 use haulage_pages::store::StoreLimits;
@@ -61,7 +63,12 @@ impl Move {
     }
 
     /// Freezes, finishes and compares every byte. Returns what the final round did.
-    fn finish(mut self) -> RoundReport {
+    fn finish(self) -> RoundReport {
+        self.finish_and(|_| {})
+    }
+
+    /// As [`Self::finish`], with a look at what is there then.
+    fn finish_and(mut self, look: impl FnOnce(&RoundReport)) -> RoundReport {
         self.target.freeze();
         let store = &mut self.store;
         let (manifest, report) = self.source.final_round(&mut |batch| into(store, &batch)).unwrap();
@@ -74,6 +81,7 @@ impl Move {
         for process in processes {
             compare(process, &sealed);
         }
+        look(&report);
         report
     }
 }
@@ -97,12 +105,21 @@ fn compare(process: Process, sealed: &SealedStore) {
         stored.subtract(&mapped)
     );
     let (mut there, mut here) = ([0; PAGE_BYTES], [0; PAGE_BYTES]);
-    for run in mapped.iter() {
+    // In parts, for mappings of many gibibytes.
+    const PART: u64 = 1 << 20;
+    let parts = |run: PageRange| {
+        (run.start().0..run.end().0)
+            .step_by(PART as usize)
+            .filter_map(move |start| PageRange::new(PageNo(start), PageNo((start + PART).min(run.end().0))))
+    };
+    let guards = Pagemap::open(process.pid).unwrap().guards().unwrap();
+    let guards: RangeSet = guards.into_iter().filter_map(PageRange::of_addresses).collect();
+    for run in mapped.iter().flat_map(parts) {
         let mut entries = vec![Entry::default(); run.count() as usize];
         pagemap.read_entries(run.start().0, &mut entries).unwrap();
         for (entry, page) in entries.iter().zip(run.start().0..) {
             let page = PageNo(page);
-            if !entry.is_present() && !entry.is_swapped() {
+            if !entry.is_present() && !entry.is_swapped() || guards.contains(page) {
                 assert!(!stored.contains(page), "{page:?} is stored and does not exist");
                 continue;
             }

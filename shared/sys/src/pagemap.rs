@@ -4,6 +4,7 @@ use std::fs::File;
 use std::ops::{BitOr, Range};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 
 use crate::Pid;
 use crate::abi;
@@ -75,6 +76,18 @@ pub struct Region {
     /// Those of the asked-for categories that these pages have.
     pub categories: Categories,
 }
+
+/// Whether this kernel tells guards from pages in swap: Linux 6.15 and later do. Guards exist since 6.13.
+pub fn tells_guards() -> bool {
+    static TELLS: OnceLock<bool> = OnceLock::new();
+    let ask = || {
+        let mut own = Pagemap::open(rustix::process::getpid())?;
+        own.scan(0..abi::PAGE_SIZE, GUARDS, Categories::GUARD, &mut |_| {})
+    };
+    *TELLS.get_or_init(|| ask().is_ok())
+}
+
+const GUARDS: Filter = Filter { all: Categories::GUARD, none: Categories::NONE, any: Categories::NONE };
 
 /// The open pagemap of one process.
 ///
@@ -178,6 +191,23 @@ impl Pagemap {
         Ok(())
     }
 
+    /// The addresses that the process has guarded (`MADV_GUARD_INSTALL`), ascending; none where the kernel does not tell
+    /// them ([`tells_guards`]).
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn guards(&mut self) -> Result<Vec<Range<u64>>, CallError> {
+        let mut found: Vec<Range<u64>> = Vec::new();
+        if !tells_guards() {
+            return Ok(found);
+        }
+        self.scan(0..abi::ADDRESS_END, GUARDS, Categories::GUARD, &mut |region| match found.last_mut() {
+            Some(last) if last.end == region.start => last.end = region.end,
+            _ => found.push(region.start..region.end),
+        })?;
+        Ok(found)
+    }
+
     /// The plain entries of `entries.len()` pages from page number `first` on. Pages beyond the end of user memory
     /// read as 0, "not present".
     ///
@@ -262,6 +292,28 @@ mod tests {
         assert!(entries.iter().enumerate().all(|(index, entry)| entry.is_present() == (index % 2 == 0)));
         // SAFETY: allocated above with this layout, and not used after.
         unsafe { std::alloc::dealloc(start, layout) };
+    }
+
+    #[test]
+    fn guards_are_found_where_the_kernel_tells_them() {
+        const PAGES: usize = 64;
+        // `MADV_GUARD_INSTALL` of `asm-generic/mman-common.h`.
+        const GUARD_INSTALL: libc::c_int = 102;
+        let (flags, rw) = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, libc::PROT_READ | libc::PROT_WRITE);
+        // SAFETY: a fresh mapping of our own, used within its bounds and unmapped at the end.
+        let (start, guarded) = unsafe {
+            let start = libc::mmap(std::ptr::null_mut(), PAGES * abi::PAGE_BYTES, rw, flags, -1, 0);
+            assert_ne!(start, libc::MAP_FAILED);
+            start.cast::<u8>().write_bytes(1, PAGES * abi::PAGE_BYTES);
+            let at = start.cast::<u8>().add(8 * abi::PAGE_BYTES);
+            (start, libc::madvise(at.cast(), 4 * abi::PAGE_BYTES, GUARD_INSTALL) == 0)
+        };
+        let found = Pagemap::open(rustix::process::getpid()).unwrap().guards().unwrap();
+        // SAFETY: mapped above, and not used any more.
+        unsafe { libc::munmap(start, PAGES * abi::PAGE_BYTES) };
+        let first = start as u64 + 8 * abi::PAGE_SIZE;
+        let expected = guarded && tells_guards();
+        assert_eq!(found.contains(&(first..first + 4 * abi::PAGE_SIZE)), expected, "{found:x?}");
     }
 
     #[test]

@@ -67,6 +67,11 @@ impl Target {
         self.freezer().freeze(Duration::from_secs(10)).unwrap();
     }
 
+    /// What the process calls by this descriptor, to be written to.
+    pub(crate) fn writable(&self, descriptor: u32) -> fs::File {
+        fs::File::options().write(true).open(format!("/proc/{}/fd/{descriptor}", self.pid())).unwrap()
+    }
+
     pub(crate) fn pids(&self) -> Vec<Pid> {
         let text = fs::read_to_string(self.cgroup_procs()).unwrap_or_default();
         text.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)).collect()

@@ -11,12 +11,22 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/ptrace.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 #include <fcntl.h>
+#include <limits.h>
+#include <poll.h>
+#include <linux/aio_abi.h>
+#include <linux/io_uring.h>
+#include <linux/userfaultfd.h>
 
 #define PAGE 4096ul
 #define RW (PROT_READ | PROT_WRITE)
+#define GUARD_INSTALL 102
 #define ANON (MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
 static struct { char *at; unsigned long pages; } region[16];
 static uint64_t state = 88172645463325252ul;
@@ -45,7 +55,89 @@ static void childwork(int sig) { (void)sig; for (unsigned i = 0; i < 16 && i < r
 
 static int shares(void *unused) { (void)unused; for (;;) pause(); }
 
+static void *crowd(void *unused) { pause(); return unused; }
+
+// Maps, fills and unmaps, and starts processes that map, execute this program again and end: all of it over and over.
+static void churn(void) {
+    char *maps[4] = {0};
+    for (unsigned long n = 0;; n++) {
+        char **map = &maps[next() % 4];
+        if (*map) munmap(*map, 20 * PAGE);
+        *map = check(mmap(0, 20 * PAGE, RW, ANON, -1, 0), "churn");
+        for (int i = 0; i < 20; i++) fill(*map + i * PAGE);
+        pid_t child = n % 4 == 3 ? vfork() : fork();
+        if (child < 0) fail("churn");
+        if (!child && n % 2) { execl("/proc/self/exe", "target", "brief", (char *)0); _exit(1); }
+        if (!child) {
+            state += getpid();
+            for (int i = 0; i < 10; i++) fill(*map + i * PAGE);
+            _exit(0);
+        }
+        if (n % 3) while (waitpid(-1, 0, 0) > 0);
+    }
+}
+
+// Reads from a file into the pages of a region, several at a time, past the page cache and over and over.
+static void *read_directly(void *id) {
+    enum { DEPTH = 16, BLOCKS = 256 };
+    unsigned long n = region[(long)id].pages;
+    char *at = region[(long)id].at;
+    int file = open(".", O_TMPFILE | O_RDWR, 0600);
+    for (unsigned i = 0; i < BLOCKS; i++) { fill(at); if (write(file, at, PAGE) != (ssize_t)PAGE) fail("write"); }
+    if (fsync(file) || fcntl(file, F_SETFL, O_DIRECT)) fail("O_DIRECT");
+    aio_context_t ring = 0;
+    if (syscall(SYS_io_setup, DEPTH, &ring)) fail("io_setup");
+    struct iocb requests[DEPTH], *list[DEPTH];
+    struct io_event events[DEPTH];
+    uint64_t r = 54321;
+    for (;;) {
+        for (int i = 0; i < DEPTH; i++) {
+            r = r * 6364136223846793005ul + 1;
+            requests[i] = (struct iocb){ .aio_fildes = file, .aio_lio_opcode = IOCB_CMD_PREAD, .aio_nbytes = PAGE,
+                .aio_buf = (uintptr_t)(at + (r >> 33) % n * PAGE), .aio_offset = (r >> 20) % BLOCKS * PAGE };
+            list[i] = &requests[i];
+        }
+        if (syscall(SYS_io_submit, ring, DEPTH, list) != DEPTH) fail("io_submit");
+        if (syscall(SYS_io_getevents, ring, DEPTH, DEPTH, events, 0) != DEPTH) fail("io_getevents");
+        raced++;
+    }
+    return 0;
+}
+
+// Requests that end when something is written to the descriptors 100, 101, …
+static void wait_for_writes(unsigned long count) {
+    aio_context_t ring = 0;
+    if (syscall(SYS_io_setup, 64, &ring)) fail("io_setup");
+    for (unsigned long i = 0; i < count; i++) {
+        int ends[2];
+        if (pipe(ends) || dup2(ends[0], 200 + i) < 0 || dup2(ends[1], 100 + i) < 0) fail("pipe");
+        struct iocb *request = calloc(1, sizeof *request);
+        request->aio_fildes = 200 + i; request->aio_lio_opcode = IOCB_CMD_POLL; request->aio_buf = POLLIN;
+        if (syscall(SYS_io_submit, ring, 1, &request) != 1) fail("io_submit");
+    }
+}
+
+static void let_trace(void) {
+    int ready[2];
+    char done;
+    if (pipe(ready)) fail("pipe");
+    pid_t traced = getpid(), child = fork();
+    if (child < 0) fail("fork");
+    if (!child) { if (ptrace(PTRACE_SEIZE, traced, 0, 0)) _exit(1); if (write(ready[1], "x", 1) != 1) _exit(1); for (;;) pause(); }
+    close(ready[1]);
+    if (read(ready[0], &done, 1) != 1) fail("PTRACE_SEIZE");
+}
+
+// Asks to be told of touches of missing pages, and never answers.
+static void hold_faults(unsigned long a) {
+    struct uffdio_api api = { .api = UFFD_API };
+    struct uffdio_register reg = { .range = { (uintptr_t)region[a].at, region[a].pages * PAGE }, .mode = UFFDIO_REGISTER_MODE_MISSING };
+    int fd = syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
+    if (fd < 0 || ioctl(fd, UFFDIO_API, &api) || ioctl(fd, UFFDIO_REGISTER, &reg)) fail("userfaultfd");
+}
+
 int main(int argc, char **argv) {
+    if (argc > 1 && !strcmp(argv[1], "brief")) { char *own = malloc(40 * PAGE); for (int i = 0; i < 39; i++) fill(own + i * PAGE); return 0; }
     char line[256], word[32];
     unsigned long a, b, c;
     pthread_t thread;
@@ -70,6 +162,19 @@ int main(int argc, char **argv) {
         else if (!strcmp(word, "onto")) { check(mremap(at, region[a].pages * PAGE, region[a].pages * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, region[b].at), word); region[b].pages = region[a].pages; region[a].at = 0; }
         else if (!strcmp(word, "brk")) { char *heap = sbrk(a * PAGE); if (heap == (char *)-1) fail(word); for (unsigned long i = 0; i < a; i++) fill(heap + i * PAGE); }
         else if (!strcmp(word, "thread")) { if (pthread_create(&thread, 0, idle, 0)) fail(word); }
+        else if (!strcmp(word, "crowd")) {
+            pthread_attr_t small;
+            pthread_attr_init(&small);
+            pthread_attr_setstacksize(&small, PTHREAD_STACK_MIN);
+            for (unsigned long i = 0; i < a; i++) if (pthread_create(&thread, &small, crowd, 0)) fail(word);
+        }
+        else if (!strcmp(word, "guard")) { if (madvise(at + b * PAGE, c * PAGE, GUARD_INSTALL)) fail(word); }
+        else if (!strcmp(word, "churn")) { pid_t child = fork(); if (child < 0) fail(word); if (!child) { state += getpid(); churn(); } }
+        else if (!strcmp(word, "direct")) { if (pthread_create(&thread, 0, read_directly, (void *)a)) fail(word); }
+        else if (!strcmp(word, "requests")) wait_for_writes(a);
+        else if (!strcmp(word, "traced")) let_trace();
+        else if (!strcmp(word, "userfaultfd")) hold_faults(a);
+        else if (!strcmp(word, "io_uring")) { struct io_uring_params params = {0}; if (syscall(SYS_io_uring_setup, 8, &params) < 0) fail(word); }
         else if (!strcmp(word, "race")) { atomic_store(&racing, 1); if (pthread_create(&thread, 0, race, (void *)a)) fail(word); }
         else if (!strcmp(word, "stop")) { atomic_store(&racing, 0); pthread_join(thread, 0); }
         else if (!strcmp(word, "fork")) { signal(SIGUSR1, childwork); pid_t child = fork(); if (child < 0) fail(word); if (!child) { state += getpid(); childwork(0); for (;;) pause(); } }

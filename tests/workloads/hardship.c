@@ -1,0 +1,249 @@
+/*
+ * hardship KIND: a process that is hard to move, and checks on SIGUSR1 that nothing of it has changed.
+ *
+ *   sparse       64 GiB of address space with a page in every 256 MiB
+ *   crowd        2000 threads
+ *   guard        guard regions (MADV_GUARD_INSTALL) between pages
+ *   churn        children that map, execute and end, one after the other and beside one another
+ *   direct       asynchronous direct IO, several requests at a time
+ * and such as cannot be moved: userfaultfd, io_uring, traced.
+ *
+ * It prints, as dirtier does,
+ *   verdict NUMBER operations OPERATIONS bad FAULTS
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <linux/aio_abi.h>
+#include <linux/io_uring.h>
+#include <linux/userfaultfd.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/ptrace.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifndef MADV_GUARD_INSTALL
+#define MADV_GUARD_INSTALL 102
+#endif
+
+enum { PAGE = 4096, WORDS = PAGE / 8, THREADS = 2000, CHURNERS = 3, DEPTH = 8, BLOCKS = 64, PAGES = 256 };
+static const uint64_t SPREAD = 256ull << 20, SPARSE = 64ull << 30;
+
+static volatile sig_atomic_t asked;
+static uint64_t operations, bad;
+static char *base;
+static uint32_t count[PAGES];
+
+static void die(const char *what) {
+	fprintf(stderr, "hardship: %s: %s\n", what, strerror(errno));
+	exit(1);
+}
+
+static void *map(size_t size, int flags) {
+	void *at = mmap(NULL, size, PROT_READ | PROT_WRITE, flags | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (at == MAP_FAILED) die("mmap");
+	return at;
+}
+
+static uint64_t word(uint64_t page, uint32_t times, int at) {
+	return ((page << 32) ^ times) * 0x9E3779B97F4A7C15ull + (uint64_t)at;
+}
+
+static void fill(char *page, uint64_t number, uint32_t times) {
+	for (int i = 0; i < WORDS; i++) ((volatile uint64_t *)page)[i] = word(number, times, i);
+}
+
+static int is_bad(const char *page, uint64_t number, uint32_t times) {
+	for (int i = 0; i < WORDS; i++)
+		if (((const volatile uint64_t *)page)[i] != word(number, times, i)) return 1;
+	return 0;
+}
+
+static void rest(void) { nanosleep(&(struct timespec){ .tv_nsec = 1000000 }, NULL); }
+
+/* Pages that lie `stride` bytes apart: one is changed after the other. */
+static uint64_t stride, pages;
+
+static void begin_pages(uint64_t apart, uint64_t number, size_t size) {
+	stride = apart; pages = number;
+	base = map(size, MAP_PRIVATE);
+	for (uint64_t p = 0; p < pages; p++) fill(base + p * stride, p, count[p] = 1);
+}
+
+static void change_page(void) {
+	uint64_t p = operations % pages;
+	fill(base + p * stride, p, ++count[p]);
+}
+
+static void check_pages(void) {
+	for (uint64_t p = 0; p < pages; p++) bad += is_bad(base + p * stride, p, count[p]);
+}
+
+/* Between every two pages lies one that must not be touched. The kernel tries for us. */
+static int touchable[2];
+
+static void check_guards(void) {
+	check_pages();
+	for (uint64_t p = 0; p < pages; p++)
+		bad += write(touchable[1], base + p * stride + PAGE, 1) != -1 || errno != EFAULT;
+}
+
+static _Atomic uint64_t *beats;
+
+static void *beat(void *number) {
+	volatile uint64_t own = (uintptr_t)number;
+	for (;;) {
+		nanosleep(&(struct timespec){ .tv_sec = 1 }, NULL);
+		if (own != (uintptr_t)number) return NULL; /* its count then stands still */
+		beats[own]++;
+	}
+}
+
+/* Every thread goes on, in five seconds at the latest. */
+static void check_crowd(void) {
+	static uint64_t before[THREADS];
+	for (int t = 0; t < THREADS; t++) before[t] = beats[t];
+	for (int t = 0, waited = 0; t < THREADS; t++) {
+		while (beats[t] == before[t] && waited++ < 5000) rest();
+		bad += beats[t] == before[t];
+	}
+}
+
+static struct { _Atomic uint64_t rounds[CHURNERS], bad; } *churned;
+
+static void churn(int number) {
+	for (uint64_t n = 1;; n++) {
+		char *own = map(20 * PAGE, MAP_PRIVATE);
+		for (int p = 0; p < 20; p++) fill(own + p * PAGE, p, n);
+		pid_t child = fork();
+		if (child < 0) die("fork");
+		if (!child) {
+			if (n % 3 == 0) { execl("/bin/hardship", "hardship", "brief", (char *)NULL); _exit(1); }
+			int found = 0;
+			for (int p = 0; p < 20; p++) { found += is_bad(own + p * PAGE, p, n); fill(own + p * PAGE, p, n + 1); }
+			for (int p = 0; p < 20; p++) found += is_bad(own + p * PAGE, p, n + 1);
+			_exit(found != 0);
+		}
+		int status;
+		if (n % 4) while (waitpid(-1, &status, 0) > 0) churned->bad += status != 0;
+		for (int p = 0; p < 20; p++) churned->bad += is_bad(own + p * PAGE, p, n);
+		munmap(own, 20 * PAGE);
+		churned->rounds[number]++;
+	}
+}
+
+static void check_churn(void) {
+	bad += churned->bad;
+	for (int n = 0; n < CHURNERS; n++) {
+		uint64_t before = churned->rounds[n];
+		for (int wait = 0; wait < 5000 && churned->rounds[n] == before; wait++) rest();
+		bad += churned->rounds[n] == before;
+	}
+}
+
+/* Blocks of a file are written from memory and read back into it, past the page cache. */
+static int file;
+static aio_context_t ring;
+
+static void transfer(int opcode, uint64_t first) {
+	struct iocb requests[DEPTH], *list[DEPTH];
+	struct io_event events[DEPTH];
+	for (uint64_t i = 0; i < DEPTH; i++) {
+		uint64_t block = first + i;
+		requests[i] = (struct iocb){ .aio_fildes = (uint32_t)file, .aio_lio_opcode = (uint16_t)opcode, .aio_nbytes = PAGE,
+			.aio_buf = (uintptr_t)(base + block * PAGE), .aio_offset = (int64_t)(block * PAGE) };
+		list[i] = &requests[i];
+	}
+	if (syscall(SYS_io_submit, ring, DEPTH, list) != DEPTH) die("io_submit");
+	long got = 0;
+	while (got < DEPTH) {
+		long more = syscall(SYS_io_getevents, ring, 1, DEPTH - got, events, NULL);
+		if (more < 0 && errno != EINTR) die("io_getevents");
+		for (long i = 0; i < more; i++) bad += events[i].res != PAGE;
+		got += more > 0 ? more : 0;
+	}
+}
+
+static void write_and_read(void) {
+	uint64_t first = operations * DEPTH % BLOCKS;
+	for (uint64_t b = first; b < first + DEPTH; b++) fill(base + b * PAGE, b, ++count[b]);
+	transfer(IOCB_CMD_PWRITE, first);
+	for (uint64_t b = first; b < first + DEPTH; b++) memset(base + b * PAGE, 0, PAGE);
+	transfer(IOCB_CMD_PREAD, first);
+	for (uint64_t b = first; b < first + DEPTH; b++) bad += is_bad(base + b * PAGE, b, count[b]);
+}
+
+static void nothing(void) {}
+
+static void on_usr1(int signal) { (void)signal; asked++; }
+
+int main(int argc, char **argv) {
+	const char *kind = argc == 2 ? argv[1] : "";
+	void (*work)(void) = nothing, (*check)(void) = nothing;
+	signal(SIGUSR1, on_usr1);
+	if (!strcmp(kind, "brief")) {
+		char *own = malloc(40 * PAGE);
+		for (int p = 0; p < 39; p++) fill(own + p * PAGE, (uint64_t)p, 1);
+		return 0;
+	} else if (!strcmp(kind, "sparse")) {
+		begin_pages(SPREAD, SPARSE / SPREAD, SPARSE);
+		work = change_page; check = check_pages;
+	} else if (!strcmp(kind, "guard")) {
+		begin_pages(2 * PAGE, PAGES, 2 * PAGES * PAGE);
+		for (uint64_t p = 0; p < pages; p++) if (madvise(base + p * stride + PAGE, PAGE, MADV_GUARD_INSTALL)) die("guard");
+		if (pipe(touchable)) die("pipe");
+		work = change_page; check = check_guards;
+	} else if (!strcmp(kind, "crowd")) {
+		pthread_attr_t small;
+		pthread_t thread;
+		beats = calloc(THREADS, sizeof *beats);
+		pthread_attr_init(&small);
+		pthread_attr_setstacksize(&small, 4 * PTHREAD_STACK_MIN);
+		for (uintptr_t t = 0; t < THREADS; t++) if (pthread_create(&thread, &small, beat, (void *)t)) die("thread");
+		check = check_crowd;
+	} else if (!strcmp(kind, "churn")) {
+		churned = map(PAGE, MAP_SHARED);
+		for (int n = 0; n < CHURNERS; n++) if (!fork()) churn(n);
+		check = check_churn;
+	} else if (!strcmp(kind, "direct")) {
+		base = map(BLOCKS * PAGE, MAP_PRIVATE);
+		file = open("hardship.data", O_RDWR | O_CREAT | O_TRUNC | O_DIRECT, 0600);
+		if (file < 0 || syscall(SYS_io_setup, DEPTH, &ring)) die("direct IO");
+		work = write_and_read;
+	} else if (!strcmp(kind, "userfaultfd")) {
+		struct uffdio_api api = { .api = UFFD_API };
+		int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
+		if (fd < 0 || ioctl(fd, UFFDIO_API, &api)) die("userfaultfd");
+	} else if (!strcmp(kind, "io_uring")) {
+		struct io_uring_params params = { 0 };
+		if (syscall(SYS_io_uring_setup, 8, &params) < 0) die("io_uring");
+	} else if (!strcmp(kind, "traced")) {
+		pid_t child = fork();
+		if (!child) for (;;) pause();
+		if (child < 0 || ptrace(PTRACE_SEIZE, child, 0, 0)) die("ptrace");
+	} else {
+		fprintf(stderr, "usage: hardship sparse|crowd|guard|churn|direct|userfaultfd|io_uring|traced\n");
+		return 2;
+	}
+	for (int answered = 0;;) {
+		work();
+		operations++;
+		if (answered != asked) {
+			answered = asked;
+			check();
+			printf("verdict %d operations %llu bad %llu\n", answered, (unsigned long long)operations, (unsigned long long)bad);
+			fflush(stdout);
+		}
+		rest();
+	}
+}
