@@ -2,10 +2,13 @@
 //!
 //! ```text
 //!   restorer ── TAKE ──▶ keeper: the container's packets come here, and are kept
-//!            ── GO ────▶ keeper ── go ──▶ gate: becomes CRIU
+//!            ── GO ────▶ keeper ── go ──▶ gate: becomes CRIU; packets get out
 //!                 runc ◀── messages ──▶ keeper ◀── messages ──▶ CRIU
-//!                        post-resume: recorded, network opened, packets put back, announced
+//!                        pre-resume: recorded; post-resume: packets get in, those that were kept first, announced
 //! ```
+//!
+//! From GO to the resumption the kernel sends what the connections had to send when they were dumped, and no process adds
+//! to it: should the restore fail, the source sends the same again.
 //!
 //! runc needs some time more after CRIU has resumed the processes. Clients do not wait for that: the network speaks as
 //! soon as they run.
@@ -31,7 +34,9 @@ pub(crate) const RUNC_END: u8 = b'r';
 pub(crate) const CRIU_END: u8 = b'c';
 /// What it is sent when it shall become CRIU.
 pub(crate) const BECOME_CRIU: &[u8] = b"go";
-/// The stage that CRIU reports when the processes run.
+/// The stage that CRIU reports when the processes are restored and stand still for the last time.
+const RESTORED: &str = "pre-resume";
+/// That which it reports when they run.
 const RESUMED: &str = "post-resume";
 /// The longest message of either; they are below 16 KiB.
 const MAX_MESSAGE: usize = 256 << 10;
@@ -82,7 +87,11 @@ impl Keeper<'_> {
         let _expedited = Expedited::begin();
         // Noted before anything else, so that the time is known of which it counts.
         self.armed_root.note_go(self.id)?;
-        if pass(&criu, BECOME_CRIU)? { self.relay(&runc, &criu) } else { Ok(Kept::Silent) }
+        if !pass(&criu, BECOME_CRIU)? {
+            return Ok(Kept::Silent);
+        }
+        self.network.as_mut().map_or(Ok(()), Network::send)?;
+        self.relay(&runc, &criu)
     }
 
     /// Waits for the word to go on: false when it does not come.
@@ -134,8 +143,10 @@ impl Keeper<'_> {
             let [runc_s, criu_s] = polled.map(|end| !end.revents().is_empty());
             if criu_s {
                 let Some(message) = receive(criu, &mut buffer)? else { return Ok(kept) };
-                if matches!(kept, Kept::Silent) && is_resumed(message) {
-                    kept = Kept::Speaks(self.speak()?);
+                match stage(message).as_deref() {
+                    Some(RESTORED) => self.record()?,
+                    Some(RESUMED) if matches!(kept, Kept::Silent) => kept = Kept::Speaks(self.speak()?),
+                    _ => {}
                 }
                 if !pass(runc, message)? {
                     return Ok(kept);
@@ -149,21 +160,32 @@ impl Keeper<'_> {
         }
     }
 
-    /// The processes run. It is recorded first: a container that runs unknown to the restorer could run twice; until now
-    /// nobody has heard from it.
+    /// The processes are there and are about to run. That is recorded before they do: a container that runs unknown to the
+    /// restorer could run twice.
+    fn record(&mut self) -> Result<(), Failure> {
+        self.outcome.ok = true;
+        self.outcome.restore_us = self.took();
+        self.armed_root.record(self.id, &self.outcome).map_err(Failure::Record)
+    }
+
+    /// The processes run.
     fn speak(&mut self) -> Result<Outcome, Failure> {
-        let took = || self.armed_root.since_go(self.id).ok().flatten().unwrap_or_default();
-        let mut outcome = Outcome { ok: true, restore_us: micros(took()), ..self.outcome.clone() };
-        self.armed_root.record(self.id, &outcome).map_err(Failure::Record)?;
+        let mut outcome = self.outcome.clone();
         if let Some(network) = self.network.take() {
             let (put_back, lost) = network.open(&self.armed.images, &self.armed.addresses)?;
             outcome.put_back = put_back;
             outcome.packets_lost = lost.map(|error| error.to_string());
-            outcome.start_us = micros(took());
+            outcome.start_us = self.took();
             // It is recorded as restored; this says only how long it took.
             let _ = self.armed_root.record_time(self.id, &outcome);
         }
         Ok(outcome)
+    }
+
+    /// Since the word to go on, in microseconds.
+    fn took(&self) -> u64 {
+        // How long it took is worth no failure.
+        micros(self.armed_root.since_go(self.id).ok().flatten().unwrap_or_default())
     }
 }
 
@@ -171,10 +193,10 @@ pub(crate) fn micros(duration: Duration) -> u64 {
     duration.as_micros().try_into().unwrap_or(u64::MAX)
 }
 
-fn is_resumed(message: &[u8]) -> bool {
-    let response = Response::decode_bytes(message).ok();
-    let response = response.filter(|response| response.kind == Kind::Notify as i32);
-    response.and_then(|response| response.notify?.stage).is_some_and(|stage| stage == RESUMED)
+/// The stage that the message reports, if it does.
+fn stage(message: &[u8]) -> Option<String> {
+    let response = Response::decode_bytes(message).ok()?;
+    (response.kind == Kind::Notify as i32).then_some(response.notify?.stage?)
 }
 
 /// The next message; `None` at the end.

@@ -31,7 +31,9 @@ const NO_IPV6: [&str; 2] =
 pub(crate) struct Network {
     namespace: NetworkNamespace,
     arp_ignore: String,
-    speech: Change,
+    /// Lets packets out, until it has.
+    to_send: Option<Change>,
+    to_hear: Change,
     /// Packets that arrive, once they shall come here.
     capture: Option<Capture>,
 }
@@ -67,8 +69,9 @@ impl Network {
         // As a sysctl of the container's may have set it.
         let arp_ignore =
             sysctl(&config, "net.ipv4.conf.all.arp_ignore").map_or(arp_ignore, ToOwned::to_owned);
-        let speech = Change::to_speech(&namespace).map_err(network)?;
-        Ok(Self { namespace, arp_ignore, speech, capture: None })
+        let to_send = Some(Change::to_send(&namespace).map_err(network)?);
+        let to_hear = Change::to_hear(&namespace).map_err(network)?;
+        Ok(Self { namespace, arp_ignore, to_send, to_hear, capture: None })
     }
 
     /// A path under which any process with the right to can open it, for as long as this exists.
@@ -95,17 +98,26 @@ impl Network {
         quiet::never_answer(&self.namespace).map_err(network)
     }
 
+    /// The container is about to be restored: what its connections have to send gets out, and nothing in.
+    ///
+    /// # Errors
+    /// [`Failure::Network`]: it may be silent for ever.
+    pub(crate) fn send(&mut self) -> Result<(), Failure> {
+        self.to_send.take().map_or(Ok(()), quiet::send).map_err(network)
+    }
+
     /// The container is there: its network speaks, and what was kept for it, beside its images in `images` or here,
     /// arrives. How many packets that were, and why others were lost.
     ///
     /// # Errors
     /// [`Failure::Network`]: it may be silent for ever.
     pub(crate) fn open(
-        self,
+        mut self,
         images: &Path,
         addresses: &[(String, Ipv4Addr)],
     ) -> Result<(u32, Option<std::io::Error>), Failure> {
-        quiet::end(&self.namespace, self.speech, &self.arp_ignore).map_err(network)?;
+        self.send()?;
+        quiet::hear(&self.namespace, self.to_hear, &self.arp_ignore).map_err(network)?;
         // What is lost is sent again, later than it could be.
         let here = || self.capture.as_ref().map(packets::drain).transpose();
         let kept = packets::read(images).and_then(|there| Ok([there, here()?.unwrap_or_default()].concat()));

@@ -100,7 +100,7 @@ pub(crate) fn restore(
         }
         // Without a gate: a container that runs unknown to the restorer could run twice; until now nobody has heard
         // from it.
-        Ok(_) if succeeded => {
+        Ok(_) if succeeded && !armed.wait => {
             let recorded =
                 Outcome { ok: true, exit_code: Some(0), restore_us: micros(took()), ..outcome.clone() };
             let shown = armed_root.record(create.id, &recorded).map_err(Failure::Record);

@@ -23,6 +23,8 @@ const IPV6: &str = "/proc/net/if_inet6";
 const SHUT: &str = "*filter\n:HAULAGE - [0:0]\n-A HAULAGE -m mark --mark 0xC114 -j ACCEPT\n-A HAULAGE -j DROP\n\
                     -I INPUT 1 -j HAULAGE\n-I OUTPUT 1 -j HAULAGE\nCOMMIT\n";
 const OPEN: &str = "*filter\n-D INPUT -j HAULAGE\n-D OUTPUT -j HAULAGE\n-F HAULAGE\n-X HAULAGE\nCOMMIT\n";
+const OPEN_OUT: &str = "*filter\n-D OUTPUT -j HAULAGE\nCOMMIT\n";
+const OPEN_IN: &str = "*filter\n-D INPUT -j HAULAGE\n-F HAULAGE\n-X HAULAGE\nCOMMIT\n";
 
 /// The namespace of process `init`.
 ///
@@ -57,12 +59,20 @@ impl Change {
         Self::prepare(namespace, SHUT)
     }
 
-    /// Prepares to end the silence.
+    /// Prepares to let packets out, the first half of the end of the silence.
     ///
     /// # Errors
     /// As [`Self::to_silence`].
-    pub fn to_speech(namespace: &NetworkNamespace) -> io::Result<Self> {
-        Self::prepare(namespace, OPEN)
+    pub fn to_send(namespace: &NetworkNamespace) -> io::Result<Self> {
+        Self::prepare(namespace, OPEN_OUT)
+    }
+
+    /// Prepares to let packets in, the other half.
+    ///
+    /// # Errors
+    /// As [`Self::to_silence`].
+    pub fn to_hear(namespace: &NetworkNamespace) -> io::Result<Self> {
+        Self::prepare(namespace, OPEN_IN)
     }
 
     fn prepare(namespace: &NetworkNamespace, rules: &'static str) -> io::Result<Self> {
@@ -126,13 +136,23 @@ pub fn is_silent(namespace: &NetworkNamespace) -> io::Result<bool> {
     namespace.run(|| filters().try_fold(true, |all, family| Ok(all && family.is_shut()?)))?
 }
 
-/// Ends a silence that is complete, at once.
+/// Lets packets out of a namespace that is silent, and not in. What the kernel sends by itself are the bytes that a
+/// connection had when it was dumped, and they must find their way while it is restored: a segment that the filter
+/// refuses is tried again after a second.
 ///
 /// # Errors
 /// Packets may still be dropped then.
-pub fn end(namespace: &NetworkNamespace, mut change: Change, setting: &str) -> io::Result<()> {
-    change.commit()?;
-    namespace.run(|| std::fs::write(ARP_IGNORE, setting))?
+pub fn send(mut to_send: Change) -> io::Result<()> {
+    to_send.commit()
+}
+
+/// Ends the silence of a namespace that may send already.
+///
+/// # Errors
+/// Packets may still be dropped then.
+pub fn hear(namespace: &NetworkNamespace, mut to_hear: Change, setting: &str) -> io::Result<()> {
+    to_hear.commit()?;
+    answer(namespace, setting)
 }
 
 /// As before. Silence that was never complete is ended as far as it went.
@@ -254,7 +274,10 @@ mod tests {
         hush(&namespace, Change::to_silence(&namespace).unwrap()).unwrap();
         assert!(!reaches() && is_silent(&namespace).unwrap());
         assert_eq!(present(&namespace).unwrap(), NEVER_REPLY);
-        end(&namespace, Change::to_speech(&namespace).unwrap(), &before).unwrap();
+        let to_hear = Change::to_hear(&namespace).unwrap();
+        send(Change::to_send(&namespace).unwrap()).unwrap();
+        assert!(!reaches() && is_silent(&namespace).unwrap(), "it hears nothing yet");
+        hear(&namespace, to_hear, &before).unwrap();
         assert!(reaches());
         hush(&namespace, Change::to_silence(&namespace).unwrap()).unwrap();
         restore(&namespace, &before).unwrap();
