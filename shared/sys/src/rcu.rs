@@ -9,10 +9,12 @@
 //!   who asks holds a shared lock on /run/haul-expedited; who leaves and finds nobody else turns it off again
 //! ```
 //!
-//! A process that dies leaves its lock, and the next one that leaves turns it off; [`turn_off_unused`] does that too.
+//! The file is there only while it is on. A process that dies leaves its lock, and the next one that leaves turns it off;
+//! [`turn_off_unused`] does that too.
 
 use std::fs::{File, TryLockError};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 const SETTING: &str = "/sys/kernel/rcu_expedited";
@@ -22,6 +24,7 @@ const LOCK: &str = "/run/haul-expedited";
 #[derive(Debug)]
 pub struct Expedited {
     setting: PathBuf,
+    place: PathBuf,
     lock: File,
 }
 
@@ -34,18 +37,20 @@ impl Expedited {
         Self::begin_at(Path::new(SETTING), Path::new(LOCK))
     }
 
-    fn begin_at(setting: &Path, lock: &Path) -> io::Result<Self> {
-        let before = std::fs::read_to_string(setting)?;
-        let lock = File::options().write(true).create(true).truncate(false).open(lock)?;
-        // With nobody here it is somebody else's, who must find it as it was.
-        if before.trim() != "0" && lock.try_lock().is_ok() && lock.metadata()?.len() == 0 {
-            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "expedited for good"));
+    fn begin_at(setting: &Path, place: &Path) -> io::Result<Self> {
+        loop {
+            let there = std::fs::exists(place)?;
+            if !there && std::fs::read_to_string(setting)?.trim() != "0" {
+                return Err(io::Error::new(io::ErrorKind::AlreadyExists, "expedited for good"));
+            }
+            let lock = File::options().write(true).create(true).truncate(false).open(place)?;
+            lock.lock_shared()?;
+            // Whoever left last may have removed it just before.
+            if is_at(&lock, place)? {
+                std::fs::write(setting, "1")?;
+                return Ok(Self { setting: setting.to_owned(), place: place.to_owned(), lock });
+            }
         }
-        lock.lock_shared()?;
-        // That it is ours is written down before it is so.
-        lock.set_len(1)?;
-        std::fs::write(setting, "1")?;
-        Ok(Self { setting: setting.to_owned(), lock })
     }
 }
 
@@ -53,7 +58,7 @@ impl Drop for Expedited {
     fn drop(&mut self) {
         // What is left on is turned off by whoever leaves next.
         let _ = self.lock.unlock();
-        let _ = turn_off(&self.setting, &self.lock);
+        let _ = turn_off(&self.setting, &self.place, &self.lock);
     }
 }
 
@@ -64,18 +69,27 @@ impl Drop for Expedited {
 pub fn turn_off_unused() -> io::Result<()> {
     match File::options().write(true).open(LOCK) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        lock => turn_off(Path::new(SETTING), &lock?),
+        lock => turn_off(Path::new(SETTING), Path::new(LOCK), &lock?),
     }
 }
 
-fn turn_off(setting: &Path, lock: &File) -> io::Result<()> {
+fn turn_off(setting: &Path, place: &Path, lock: &File) -> io::Result<()> {
     match lock.try_lock() {
-        Ok(()) if lock.metadata()?.len() > 0 => {
+        Ok(()) if is_at(lock, place)? => {
             std::fs::write(setting, "0")?;
-            lock.set_len(0)
+            std::fs::remove_file(place)
         }
         Ok(()) | Err(TryLockError::WouldBlock) => Ok(()),
         Err(TryLockError::Error(error)) => Err(error),
+    }
+}
+
+/// Whether the file is still the one that has its name.
+fn is_at(lock: &File, place: &Path) -> io::Result<bool> {
+    match std::fs::metadata(place) {
+        Ok(there) => Ok(there.ino() == lock.metadata()?.ino()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
     }
 }
 
@@ -101,6 +115,7 @@ mod tests {
         assert_eq!(read(), "1");
         drop(second);
         assert_eq!(read(), "0");
+        assert!(!lock.exists(), "nothing is left");
     }
 
     #[test]
@@ -112,7 +127,7 @@ mod tests {
         std::mem::forget(dead);
         assert_eq!(read(), "1");
         drop(Expedited::begin_at(&value, &lock).unwrap());
-        assert_eq!(read(), "0");
+        assert_eq!((read().as_str(), lock.exists()), ("0", false));
         std::fs::write(&value, "1").unwrap();
         assert!(Expedited::begin_at(&value, &lock).is_err());
         assert_eq!(read(), "1");
