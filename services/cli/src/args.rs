@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 use haulage_protocol::id::{HostId, MigrationId};
-use haulage_protocol::job::TAX;
+use haulage_protocol::job::{MAX_ROUND_INTERVAL_MS, TAX};
 use haulage_protocol::policy::Policy;
 use haulage_protocol::transfer::{Compress, MAX_CONNECTIONS, Rate};
 
@@ -97,8 +97,8 @@ pub(crate) struct Migrate {
     /// as that helps and for no longer than a second; 100 is no bound.
     #[arg(long, value_name = "PERCENT", default_value_t = TAX, value_parser = clap::value_parser!(u8).range(1..=100))]
     pub(crate) max_tax: u8,
-    /// Begin rounds no closer together than this; the few before the freeze come as fast as they can.
-    #[arg(long, value_name = "MS", default_value = "0", value_parser = clap::value_parser!(u64).range(..=60_000))]
+    /// Begin rounds no closer together than this, up to 10000; the few before the freeze come as fast as they can.
+    #[arg(long, value_name = "MS", default_value = "0", value_parser = clap::value_parser!(u64).range(..=MAX_ROUND_INTERVAL_MS))]
     pub(crate) round_interval: u64,
     /// Undo it when the container has stood still for this long before the target could be asked to restore it; 0 waits
     /// as long as it takes.
@@ -236,7 +236,7 @@ mod tests {
         };
         assert!(with(&["--max-tax", "1", "--round-interval", "1000"]) && with(&["--max-tax", "100"]));
         assert!(!with(&["--max-tax", "0"]) && !with(&["--max-tax", "101"]));
-        assert!(!with(&["--round-interval", "60001"]));
+        assert!(!with(&["--round-interval", "10001"]));
         assert!(with(&["--wait", "--trace", "t.json"]) && !with(&["--detach", "--trace", "t.json"]));
     }
 

@@ -11,7 +11,7 @@
 //! more than the tax that is allowed; and, for a long pre-copy that gets nowhere, a second. The few rounds between the
 //! preparation of the target and the freeze keep none of them: the shorter one is, the less is left for the freeze.
 
-use haulage_protocol::job::Options;
+use haulage_protocol::job::{MAX_ROUND_INTERVAL_MS, Options};
 use haulage_protocol::page_shipper::RoundReport;
 use haulage_protocol::policy::Policy;
 use haulage_protocol::unit::{Micros, Pages};
@@ -59,7 +59,7 @@ pub fn pacing(rounds: &[RoundReport], options: &Options, elapsed: Micros, ago: A
 }
 
 fn interval(rounds: &[RoundReport], options: &Options, elapsed: Micros, ago: Ago) -> Micros {
-    let asked = Micros(options.round_interval_ms.saturating_mul(1000));
+    let asked = Micros(options.round_interval_ms.min(MAX_ROUND_INTERVAL_MS).saturating_mul(1000));
     let Some((last, before)) = rounds.split_last() else { return asked };
     let least = before.iter().rev().take(MOST_SETTLING).map(of).min();
     let is_stuck = least.is_some_and(|least| nowhere(least, of(last)));
@@ -152,6 +152,8 @@ mod tests {
         let soon = Options { deadline_ms: Some(500), ..asked };
         assert_eq!(pause(&rounds, &soon, Micros(300_000)), Micros(200_000));
         assert_eq!(pause(&rounds, &soon, Micros(600_000)), Micros(0));
+        let for_ever = Options { round_interval_ms: u64::MAX, ..options(FREE) };
+        assert_eq!(pause(&rounds, &for_ever, Micros(300_000)), Micros(9_700_000));
     }
 
     #[test]

@@ -44,7 +44,7 @@ pub struct Options {
     /// The most pre-copy rounds.
     pub max_rounds: Option<u32>,
     /// The least time, in milliseconds, between the beginnings of two rounds of pre-copy. The few rounds between the
-    /// preparation of the target and the freeze do not keep it.
+    /// preparation of the target and the freeze do not keep it. At most [`MAX_ROUND_INTERVAL_MS`].
     pub round_interval_ms: u64,
     /// What write tracking may cost the container, in percent (1 to 100) of one processor's time: rounds are put apart, up
     /// to a second, until it is no more. 100 is no bound. Not kept by the rounds before the freeze, by `phaul`, and
@@ -60,6 +60,10 @@ pub struct Options {
     /// How pages and files travel.
     pub transfer: Transfer,
 }
+
+/// The longest interval between rounds, in milliseconds, and what a longer one is taken for: a cancellation waits for the
+/// round that is under way, its pause included.
+pub const MAX_ROUND_INTERVAL_MS: u64 = 10_000;
 
 /// The tax that is allowed when none is given, in percent.
 pub const TAX: u8 = 5;
