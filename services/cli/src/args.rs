@@ -1,7 +1,10 @@
 //! The command line.
 
+use std::path::PathBuf;
+
 use clap::{Parser, Subcommand};
 use haulage_protocol::id::{HostId, MigrationId};
+use haulage_protocol::job::{MAX_ROUND_INTERVAL_MS, TAX};
 use haulage_protocol::policy::Policy;
 use haulage_protocol::transfer::{Compress, MAX_CONNECTIONS, Rate};
 
@@ -90,6 +93,13 @@ pub(crate) struct Migrate {
     /// The most pre-copy rounds [default: as many as help]
     #[arg(long, value_name = "N")]
     pub(crate) max_rounds: Option<u32>,
+    /// Put rounds apart until write tracking costs the container no more than this share of one processor's time, as far
+    /// as that helps and for no longer than a second; 100 is no bound.
+    #[arg(long, value_name = "PERCENT", default_value_t = TAX, value_parser = clap::value_parser!(u8).range(1..=100))]
+    pub(crate) max_tax: u8,
+    /// Begin rounds no closer together than this, up to 10000; the few before the freeze come as fast as they can.
+    #[arg(long, value_name = "MS", default_value = "0", value_parser = clap::value_parser!(u64).range(..=MAX_ROUND_INTERVAL_MS))]
+    pub(crate) round_interval: u64,
     /// Undo it when the container has stood still for this long before the target could be asked to restore it; 0 waits
     /// as long as it takes.
     #[arg(long, value_name = "S", default_value = "60")]
@@ -111,6 +121,9 @@ pub(crate) struct Migrate {
     /// The id of the migration; the same id twice is one migration.
     #[arg(long, value_name = "ID")]
     pub(crate) id: Option<MigrationId>,
+    /// Write what ran when to this file, for chrome://tracing or Perfetto.
+    #[arg(long, value_name = "FILE", conflicts_with = "detach")]
+    pub(crate) trace: Option<PathBuf>,
     /// Stay until it is over (the default).
     #[arg(long, conflicts_with = "detach")]
     pub(crate) wait: bool,
@@ -125,7 +138,8 @@ pub(crate) struct Migrate {
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "The container is looked at by write tracking for a few seconds, as in a migration; it is not frozen, and
-nothing is made on either host. What is assumed is said at the end."
+nothing is made on either host. The link is measured for some tenths of a second. What is assumed is said at the end.
+A container that is being migrated is refused."
 )]
 pub(crate) struct Plan {
     /// The container: its name, its id, or a unique beginning of its id.
@@ -139,7 +153,7 @@ pub(crate) struct Plan {
     /// For how long to look at its writes.
     #[arg(long, value_name = "S", default_value = "4", value_parser = clap::value_parser!(u64).range(1..=30))]
     pub(crate) sample: u64,
-    /// What the link between the hosts carries; it is not measured.
+    /// What the link between the hosts carries [default: it is measured]
     #[arg(long, value_name = "MBIT/S", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) rate: Option<u64>,
     /// As in haul migrate.
@@ -170,6 +184,9 @@ pub(crate) struct Show {
     /// Print the record as JSON.
     #[arg(long)]
     pub(crate) json: bool,
+    /// Write what ran when to this file, for chrome://tracing or Perfetto.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) trace: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -210,6 +227,17 @@ mod tests {
         let policy =
             |policy| Args::try_parse_from(["haul", "migrate", "web", "--to", "b", "--policy", policy]);
         assert!(policy("history:5,3").is_ok() && policy("phaul").is_ok() && policy("history:3,5").is_err());
+    }
+
+    #[test]
+    fn a_pace_that_makes_no_sense_is_refused() {
+        let with = |option: &[&str]| {
+            Args::try_parse_from(["haul", "migrate", "web", "--to", "b"].iter().chain(option)).is_ok()
+        };
+        assert!(with(&["--max-tax", "1", "--round-interval", "1000"]) && with(&["--max-tax", "100"]));
+        assert!(!with(&["--max-tax", "0"]) && !with(&["--max-tax", "101"]));
+        assert!(!with(&["--round-interval", "10001"]));
+        assert!(with(&["--wait", "--trace", "t.json"]) && !with(&["--detach", "--trace", "t.json"]));
     }
 
     #[test]

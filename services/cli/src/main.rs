@@ -8,6 +8,7 @@ mod output;
 mod plan;
 mod progress;
 mod show;
+mod trace;
 mod watch;
 
 use std::process::ExitCode;

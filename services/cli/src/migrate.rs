@@ -16,6 +16,7 @@ use crate::args;
 use crate::output::{Failure, json, line, public};
 use crate::progress::Progress;
 use crate::show;
+use crate::trace::TraceFile;
 
 pub(crate) async fn run(nats: &Nats, wanted: args::Migrate) -> Result<(), Failure> {
     let id = wanted.id.unwrap_or_else(MigrationId::generate);
@@ -30,6 +31,8 @@ pub(crate) async fn run(nats: &Nats, wanted: args::Migrate) -> Result<(), Failur
             max_downtime_ms: wanted.max_downtime,
             deadline_ms: wanted.deadline.map(|seconds| seconds.saturating_mul(1000)),
             max_rounds: wanted.max_rounds,
+            round_interval_ms: wanted.round_interval,
+            max_tax_percent: wanted.max_tax,
             auto_converge: wanted.auto_converge,
             max_frozen_ms: wanted.max_frozen.saturating_mul(1000),
             shared_binds: wanted.shared,
@@ -40,6 +43,8 @@ pub(crate) async fn run(nats: &Nats, wanted: args::Migrate) -> Result<(), Failur
             },
         },
     };
+    // A file that cannot be written is a reason not to begin.
+    let trace = wanted.trace.map(TraceFile::create).transpose()?;
     nats.submit(&job).await?;
     if wanted.detach {
         return if wanted.json { json(&serde_json::json!({ "id": id })) } else { line(id.as_str()) };
@@ -49,6 +54,9 @@ pub(crate) async fn run(nats: &Nats, wanted: args::Migrate) -> Result<(), Failur
         json(&public(&record)?)?;
     } else {
         line(&show::summary(&record))?;
+    }
+    if let Some(trace) = trace {
+        trace.write(&record)?;
     }
     match (record.outcome, record.fault) {
         (Some(Outcome::Committed), _) => Ok(()),

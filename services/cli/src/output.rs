@@ -1,7 +1,9 @@
 //! What reaches the terminal: results on standard output, errors on standard error, and the exit code.
 
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use haulage_migration::{Migration, timing};
 use haulage_protocol::fault::{Fault, chain};
@@ -24,6 +26,9 @@ pub(crate) enum Failure {
     Output(#[from] io::Error),
     #[error("cannot encode the output")]
     Encode(#[from] serde_json::Error),
+    /// The migration is over, and its trace is not where it should be.
+    #[error("cannot write the trace to {}", path.display())]
+    Trace { path: PathBuf, source: io::Error },
 }
 
 /// Prints code, cause and remedy, and chooses the exit code.
@@ -36,9 +41,11 @@ pub(crate) fn report(failure: &Failure) -> ExitCode {
             let mut told = chain(other).into_iter();
             let mut lines = vec![format!("error: {}", told.next().unwrap_or_default())];
             lines.extend(told.map(|cause| format!("  cause:  {cause}")));
-            lines.push(
-                "  remedy: see whether the NATS server runs, and name it with --nats or HAUL_NATS".into(),
-            );
+            let remedy = match other {
+                Failure::Trace { .. } => "see how it ended with `haul show`, which writes the trace too",
+                _ => "see whether the NATS server runs, and name it with --nats or HAUL_NATS",
+            };
+            lines.push(format!("  remedy: {remedy}"));
             (lines, 3)
         }
     };
@@ -81,6 +88,11 @@ pub(crate) fn public(record: &Migration) -> Result<serde_json::Value, Failure> {
         object.insert("freeze".to_owned(), serde_json::to_value(timing::freeze_split(record))?);
     }
     Ok(value)
+}
+
+/// This machine's clock.
+pub(crate) fn now() -> Micros {
+    Micros::from_duration(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default())
 }
 
 /// A time of day for people, in UTC.

@@ -4,17 +4,19 @@ use std::fmt;
 use std::time::Duration;
 
 use futures_util::future::join_all;
+use haulage_migration::fixed::{Costs, Fixed};
 use haulage_migration::plan::{Prediction, predict};
-use haulage_migration::{ASSUMED_RATE, FIXED};
 use haulage_protocol::checkpointer::{Inspect, Inspected, Locate};
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::host::Presence;
 use haulage_protocol::id::{Epoch, HostId, MigrationId, Step};
 use haulage_protocol::job::Options;
-use haulage_protocol::page_shipper::{SampleWrites, WritesSampled};
+use haulage_protocol::lease::Lease;
+use haulage_protocol::page_shipper::{LinkMeasured, MeasureLink, OpenSink, SampleWrites, WritesSampled};
 use haulage_protocol::policy::Policy;
 use haulage_protocol::restorer::Check;
 use haulage_protocol::rpc::{Command, Rpc, Service};
+use haulage_protocol::secret::Token;
 use haulage_protocol::subject;
 use haulage_protocol::unit::{Bytes, Micros, PAGE_SIZE, Pages};
 use haulage_protocol::version::Version;
@@ -47,11 +49,22 @@ pub(crate) async fn run(nats: &Nats, wanted: args::Plan) -> Result<(), Failure> 
     let source = locate(&asker, &wanted).await?;
     let inspect = Inspect { container: wanted.container.clone(), shared_binds: wanted.shared.clone() };
     let inspected = asker.ask(&source, 2, inspect).await?;
+    let leases: Table<Lease> = Table::open(nats, subject::LEASES).await?;
+    if let Some((lease, _)) = leases.get(&subject::lease_key(&inspected.container)).await? {
+        return Err(lease.held().into());
+    }
+    let costs: Table<Costs> = Table::open(nats, subject::COSTS).await?;
+    let known = costs.get(&subject::cost_key(&source, &wanted.to)).await?;
+    let fixed = known.map(|(costs, _)| costs.fixed()).unwrap_or_default();
     let checked = asker.ask(&wanted.to, 3, Check::from(&inspected)).await?;
     let time = Micros(wanted.sample.saturating_mul(1_000_000));
     let sample = SampleWrites { cgroup_procs: inspected.cgroup_procs.clone(), time };
     let sampled = asker.ask(&source, 4, sample).await?;
-    let rate = wanted.rate.map_or(ASSUMED_RATE, |mbit| Pages(mbit.saturating_mul(125_000) / PAGE_SIZE));
+    let link = match wanted.rate {
+        Some(mbit) => Link { rate: Bytes(mbit.saturating_mul(125_000)), measured: None },
+        None => measure(&asker, &source, &wanted.to).await?,
+    };
+    let rate = Pages(link.rate.0 / PAGE_SIZE);
     let options = |policy| Options {
         policy,
         max_downtime_ms: wanted.max_downtime,
@@ -60,7 +73,9 @@ pub(crate) async fn run(nats: &Nats, wanted: args::Plan) -> Result<(), Failure> 
     };
     let plans: Vec<(Policy, Prediction)> = match sampled.tracker.as_str() {
         "none" => Vec::new(),
-        _ => POLICIES.map(|policy| (policy, predict(&sampled.classes, rate, &options(policy)))).into(),
+        _ => POLICIES
+            .map(|policy| (policy, predict(&sampled.classes, rate, &options(policy), fixed.cost)))
+            .into(),
     };
     if wanted.json {
         let plans: Vec<_> = plans
@@ -71,11 +86,14 @@ pub(crate) async fn run(nats: &Nats, wanted: args::Plan) -> Result<(), Failure> 
             "container": inspected.container, "name": inspected.name, "from": source, "to": wanted.to,
             "memory": inspected.memory, "disk": inspected.disk, "image_present": checked.image_present,
             "sampled": sampled, "plans": plans,
-            "assumed": { "pages_per_second": rate, "rate_measured": false, "fixed_cost_us": FIXED },
+            "assumed": {
+                "pages_per_second": rate, "rate_measured": link.measured.is_some(), "probe": link.measured,
+                "fixed_cost_us": fixed.cost, "fixed_cost_from_moves": fixed.moves,
+            },
         }));
     }
     let image_present = checked.image_present;
-    let report = Report { source, wanted, inspected, image_present, sampled, rate, plans };
+    let report = Report { source, wanted, inspected, image_present, sampled, link, fixed, plans };
     line(report.to_string().trim_end())
 }
 
@@ -108,6 +126,22 @@ async fn locate(asker: &Asker<'_>, wanted: &args::Plan) -> Result<HostId, Failur
     }
 }
 
+/// What the way between the hosts takes.
+struct Link {
+    /// Bytes in a second.
+    rate: Bytes,
+    /// How that was found out; it was given where this is absent.
+    measured: Option<LinkMeasured>,
+}
+
+/// The source's page-shipper sends to the target's, which drops it.
+async fn measure(asker: &Asker<'_>, source: &HostId, to: &HostId) -> Result<Link, Fault> {
+    let token = Token::generate();
+    let sink = asker.ask(to, 5, OpenSink { token: token.clone() }).await?;
+    let measured = asker.ask(source, 6, MeasureLink { address: sink.address, token }).await?;
+    Ok(Link { rate: measured.rate, measured: Some(measured) })
+}
+
 /// What a person is told.
 struct Report {
     source: HostId,
@@ -115,13 +149,14 @@ struct Report {
     inspected: Inspected,
     image_present: bool,
     sampled: WritesSampled,
-    rate: Pages,
+    link: Link,
+    fixed: Fixed,
     plans: Vec<(Policy, Prediction)>,
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { source, wanted, inspected, image_present, sampled, rate, plans } = self;
+        let Self { source, wanted, inspected, image_present, sampled, link, fixed, plans } = self;
         writeln!(out, "{} can move from {source} to {}", inspected.name, wanted.to)?;
         writeln!(out, "memory    {}, {} processes", inspected.memory, inspected.processes)?;
         writeln!(out, "files     {} in the layer and volumes, sent while it runs", inspected.disk)?;
@@ -161,16 +196,16 @@ impl fmt::Display for Report {
                 plan.rounds
             )?;
         }
-        let rate = rate.bytes();
-        let how =
-            if wanted.rate.is_some() { "given" } else { "not measured, 1 Gbit/s; give yours with --rate" };
+        let rate = link.rate;
+        let how = link.measured.as_ref().map_or("given".to_owned(), |measured| {
+            format!("measured, with {} in {}", measured.sent, measured.took)
+        });
+        writeln!(out, "\nlink      {rate}/s (rate {how})")?;
+        writeln!(out, "switch    {fixed}")?;
         writeln!(
             out,
-            "\nAssumed: a link of {rate}/s ({how}), {FIXED} for the switch itself, that the container goes on"
+            "Assumed: that link and switch stay so, that the container goes on writing as it was seen to, and that"
         )?;
-        writeln!(
-            out,
-            "writing as it was seen to, and that nothing is compressed. Files and image are not in the times."
-        )
+        writeln!(out, "nothing is compressed. Files and image are not in the times.")
     }
 }

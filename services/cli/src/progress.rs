@@ -104,7 +104,7 @@ fn round_text(record: &Migration, n: usize) -> String {
         report.wire,
         rate(report.wire, report.took),
         report.withheld.0,
-        predicted(so_far),
+        predicted(so_far, record.fixed().cost),
     )
 }
 

@@ -1,7 +1,6 @@
 //! `haul show`: one migration, whole.
 
 use std::fmt::Write;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use haulage_migration::{Convergence, Migration, Outcome, Slowdown, timing};
 use haulage_protocol::fault::{Fault, code};
@@ -12,16 +11,19 @@ use haulage_transport::{Nats, Table};
 
 use crate::args;
 use crate::list;
-use crate::output::{Failure, clock, fault_lines, json, line, public};
+use crate::output::{Failure, clock, fault_lines, json, line, now, public};
 use crate::progress::rate;
+use crate::trace::TraceFile;
 
 pub(crate) async fn run(nats: &Nats, wanted: args::Show) -> Result<(), Failure> {
     let record = find(nats, &wanted.id).await?;
+    if let Some(path) = wanted.trace {
+        TraceFile::create(path)?.write(&record)?;
+    }
     if wanted.json {
         return json(&public(&record)?);
     }
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    line(report(&record, Micros::from_duration(now)).trim_end())
+    line(report(&record, now()).trim_end())
 }
 
 /// The migration of that id, or of which it is a unique beginning.
@@ -130,9 +132,10 @@ fn write_memory(out: &mut String, record: &Migration) -> std::fmt::Result {
         let rate = forecast.rate.map_or("assumed".to_owned(), |rate| format!("measured, {}/s", rate.bytes()));
         writeln!(
             out,
-            "  ended because {why}: predicted to stand still for {} ({} pages left, rate {rate}), wanted {wanted}",
+            "  ended because {why}: predicted to stand still for {} ({} pages left, rate {rate}), aimed at {wanted}",
             forecast.downtime, forecast.left.0
         )?;
+        writeln!(out, "  of which the switch itself: {}", record.fixed())?;
     }
     for last in last {
         let sent: Bytes = record.facts.rounds.iter().chain([&last.round]).map(|round| round.wire).sum();

@@ -107,6 +107,7 @@ impl Driver {
             }
         }
         self.coordinator.remember_leftovers(&self.record).await?;
+        self.coordinator.costs.note(&self.record).await;
         tracing::info!(
             migration = %self.record.job.id,
             outcome = self.record.outcome.map_or("none", haulage_migration::Outcome::as_str),

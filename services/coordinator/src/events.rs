@@ -14,7 +14,7 @@ pub(crate) fn between(before: Option<&Migration>, after: &Migration) -> Vec<What
     let known = before.map_or(0, |before| before.facts.rounds.len());
     for (n, report) in after.facts.rounds.iter().enumerate().skip(known) {
         let so_far = after.facts.rounds.get(..=n).unwrap_or_default();
-        events.push(What::Round { report: report.clone(), predicted: predicted(so_far) });
+        events.push(What::Round { report: report.clone(), predicted: predicted(so_far, after.fixed().cost) });
     }
     if before.is_none_or(|before| before.fault.is_none())
         && let Some(fault) = &after.fault

@@ -5,15 +5,9 @@
 
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::{ContainerId, MigrationId};
+use haulage_protocol::lease::Lease;
 use haulage_protocol::subject;
 use haulage_transport::{Nats, NatsError, Table, TableError};
-use serde::{Deserialize, Serialize};
-
-/// Who holds a container.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Lease {
-    migration: MigrationId,
-}
 
 pub(crate) struct Leases {
     table: Table<Lease>,
@@ -36,11 +30,7 @@ impl Leases {
             Err(TableError::Conflict(_)) => {
                 match self.holder(container).await? {
                     Some(holder) if holder == *us => Ok(()),
-                    Some(holder) => {
-                        let message = format!("the container is being moved by migration {holder}");
-                        let remedy = format!("wait for it, or cancel it: haul cancel {holder}");
-                        Err(Fault::new(code::LEASE_HELD, message).remedy(remedy))
-                    }
+                    Some(migration) => Err(Lease { migration }.held()),
                     // It was released in between.
                     None => Err(Fault::new(code::LEASE_HELD, "the container was just being moved")
                         .remedy("try again")),

@@ -1,6 +1,7 @@
 //! The coordinator: takes jobs from the work queue and drives each migration's state machine. It touches no
 //! container and keeps nothing that a restart would lose: the truth is the record in KV.
 
+mod costs;
 mod driver;
 mod events;
 mod journal;
@@ -26,6 +27,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::costs::CostTable;
 use crate::driver::{Driver, End};
 use crate::journal::{Journal, Opened};
 use crate::lease::Leases;
@@ -68,6 +70,7 @@ pub(crate) struct Coordinator {
     journal: Journal,
     leases: Leases,
     registry: Registry,
+    costs: CostTable,
     sweeper: Sweeper,
 }
 
@@ -82,6 +85,7 @@ pub async fn run(args: Args) -> Result<(), Box<dyn Error + Send + Sync>> {
         journal: Journal::open(&nats).await?,
         leases: Leases::open(&nats).await?,
         registry: Registry::open(&nats).await?,
+        costs: CostTable::open(&nats).await?,
         sweeper: Sweeper::open(&nats).await?,
         id,
         nats,

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use haulage_migration::{Effect, Migration, Phase, Success, allowance, forecast, pause};
+use haulage_migration::pace::Pacing;
+use haulage_migration::{Effect, Migration, Phase, Success, allowance, forecast};
 use haulage_protocol::checkpointer::{
     Commit, Confirm, Dump, Freeze, Inspect, Inspected, Locate, Located, RollBack, SourceRoot, Throttle,
     Unthrottle,
@@ -181,12 +182,15 @@ impl Ask<'_> {
 
     fn round(&self, round: Round) -> RunRound {
         let (rounds, options) = (&self.record.facts.rounds, &self.record.job.options);
+        let fixed = self.record.fixed().cost;
+        let Pacing { interval, pause } = self.record.pacing(now());
         RunRound {
             round,
-            rate: forecast(rounds).rate,
-            allowance: allowance(rounds, options),
+            rate: forecast(rounds, fixed).rate,
+            allowance: allowance(rounds, options, fixed),
             last: self.record.phase == Phase::Settle,
-            pause: pause(rounds, self.record.pre_copied(now())),
+            pause,
+            interval,
         }
     }
 
@@ -272,7 +276,10 @@ impl Ask<'_> {
         }
         match <[_; 1]>::try_from(found) {
             Ok([(host, _)]) if host == job.to => Err(same_host(&host)),
-            Ok([(host, located)]) => Ok(Success::Located(host, located)),
+            Ok([(host, located)]) => {
+                let fixed = self.coordinator.costs.known(&host, &job.to).await;
+                Ok(Success::Located(host, located, fixed))
+            }
             Err(found) if found.is_empty() => {
                 let message = format!("no host has a container {:?}", job.container);
                 let mut fault = Fault::new(code::UNKNOWN_CONTAINER, message)

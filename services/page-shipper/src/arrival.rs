@@ -16,12 +16,14 @@ use haulage_pages::target::{FinishReport, TargetEngine, TargetError};
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::unit::Pages;
 use haulage_service::bulk::{Receive, send_now, stream};
-use haulage_transport::stream::{BulkConnection, BulkSession, FrameKind};
+use haulage_transport::stream::{BulkConnection, BulkSession};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::failure::{STORE, fault, not_stored};
-use crate::wire::{BATCH, COMPLETE, FINISH, FINISHED, Finished, MANIFEST, NAMED, OK, ROUND_END};
+use crate::wire::{
+    BATCH, COMPLETE, FINISH, FINISHED, Finished, MANIFEST, NAMED, OK, ROUND_END, out_of_place,
+};
 
 /// Batches (a MiB each, at most 4) that wait to be decoded.
 const BATCHES_AHEAD: usize = 4;
@@ -103,10 +105,6 @@ async fn carry(mut connection: BulkConnection, batches: mpsc::Sender<Bytes>) -> 
         }
     }
     Ok(())
-}
-
-fn out_of_place(kind: FrameKind) -> Fault {
-    Fault::new(code::MALFORMED, format!("a frame of kind {} does not belong here", kind.0))
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

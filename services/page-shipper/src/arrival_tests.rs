@@ -9,6 +9,7 @@ use haulage_protocol::id::{HostId, MigrationId};
 use haulage_protocol::secret::Token;
 use haulage_service::bulk::{Arrivals, Departure};
 use haulage_service::config::{HostConfig, NatsConfig};
+use haulage_transport::stream::FrameKind;
 
 use crate::wire::CARGO;
 

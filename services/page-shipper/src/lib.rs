@@ -4,9 +4,11 @@
 mod arrival;
 mod failure;
 mod lanes;
+mod probe;
 mod sample;
 mod source;
 mod target;
+mod watched;
 mod wire;
 
 use std::collections::HashMap;
@@ -16,7 +18,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use haulage_protocol::fault::Fault;
 use haulage_protocol::id::MigrationId;
 use haulage_protocol::page_shipper::{
-    ClosePages, FinalRound, OpenPages, PagesClosed, RunRound, SampleWrites, StartTracking,
+    ClosePages, FinalRound, MeasureLink, OpenPages, OpenSink, PagesClosed, RunRound, SampleWrites,
+    StartTracking,
 };
 use haulage_service::Shell;
 use haulage_service::bulk::{Arrivals, PACE};
@@ -24,6 +27,7 @@ use haulage_service::config::HostConfig;
 use haulage_service::notes;
 
 use crate::failure::{STORE, fault};
+use crate::watched::Watched;
 use crate::wire::CARGO;
 
 /// A tracker that is killed while it injects takes the container with it: the kernel shall choose others.
@@ -38,6 +42,7 @@ pub(crate) struct PageShipper {
     config: HostConfig,
     arrivals: Arrivals,
     sources: Mutex<HashMap<MigrationId, source::Session>>,
+    watched: Arc<Watched>,
 }
 
 /// Registers the verbs.
@@ -50,13 +55,18 @@ pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>
     }
     let arrivals = Arrivals::bind(&shell.config, CARGO).await?;
     shell.facts.insert("pages".to_owned(), arrivals.address().to_string());
-    let service = Arc::new(PageShipper { config: shell.config.clone(), arrivals, sources: Mutex::default() });
+    let (config, sources, watched) = (shell.config.clone(), Mutex::default(), Arc::default());
+    let service = Arc::new(PageShipper { config, arrivals, sources, watched });
     let server = &mut shell.server;
     let s = service.clone();
     server.answer::<OpenPages, _, _>(move |at, ask| target::open(s.clone(), at.migration, ask)).await?;
     let s = service.clone();
     server.answer::<StartTracking, _, _>(move |at, ask| source::start(s.clone(), at.migration, ask)).await?;
-    server.answer::<SampleWrites, _, _>(move |_, ask| sample::sample(ask)).await?;
+    let s = service.clone();
+    server.answer::<SampleWrites, _, _>(move |_, ask| sample::sample(s.watched.clone(), ask)).await?;
+    let s = service.clone();
+    server.answer::<OpenSink, _, _>(move |at, ask| probe::open(s.clone(), at.migration, ask)).await?;
+    server.answer::<MeasureLink, _, _>(move |at, ask| probe::measure(at.migration, ask)).await?;
     let s = service.clone();
     server.answer::<RunRound, _, _>(move |at, ask| source::round(s.clone(), at.migration, ask)).await?;
     let s = service.clone();

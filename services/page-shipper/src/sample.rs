@@ -1,39 +1,42 @@
 //! A look at how a container writes, for a plan: tracking only.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use haulage_pages::policy::TransferPolicy;
-use haulage_pages::source::{SourceEngine, SourceError, SourceOptions};
+use haulage_pages::source::{SourceEngine, SourceOptions};
 use haulage_pages::track::Method;
-use haulage_protocol::fault::{Fault, code};
+use haulage_protocol::fault::Fault;
 use haulage_protocol::page_shipper::{SampleWrites, WriteClass, WritesSampled};
 use haulage_protocol::unit::Pages;
 
-use crate::failure::{TRACKING, fault};
+use crate::failure::{TRACKING, fault, joined};
+use crate::watched::Watched;
 
 /// Looks within the time: as many rounds as a history remembers.
 const LOOKS: u32 = 8;
 const LEAST: Duration = Duration::from_millis(100);
 const MOST: Duration = Duration::from_secs(30);
 
-pub(crate) async fn sample(ask: SampleWrites) -> Result<WritesSampled, Fault> {
-    let looking = tokio::task::spawn_blocking(move || look(&ask).map_err(fault(TRACKING)));
-    looking.await.map_err(fault(code::INTERNAL))?
+pub(crate) async fn sample(watched: Arc<Watched>, ask: SampleWrites) -> Result<WritesSampled, Fault> {
+    joined(tokio::task::spawn_blocking(move || look(&watched, &ask)).await)
 }
 
-/// Dropping the engine, also on an error, ends the tracking.
-fn look(ask: &SampleWrites) -> Result<WritesSampled, SourceError> {
+/// Dropping the engine, also on an error, ends the tracking; then the watch ends.
+fn look(watched: &Arc<Watched>, ask: &SampleWrites) -> Result<WritesSampled, Fault> {
+    let watch = watched.look(&ask.cgroup_procs)?;
     let options = SourceOptions { policy: TransferPolicy::Adaptive };
-    let (mut engine, report) = SourceEngine::begin(Path::new(&ask.cgroup_procs), options)?;
+    let begun = SourceEngine::begin(Path::new(&ask.cgroup_procs), options);
+    let (mut engine, report) = begun.map_err(fault(TRACKING))?;
     if report.method == Method::None {
         return Ok(WritesSampled { tracker: "none".to_owned(), reason: report.kernel, classes: Vec::new() });
     }
     let pause = Duration::from_micros(ask.time.0).clamp(LEAST, MOST) / LOOKS;
-    engine.look()?;
+    engine.look().map_err(fault(TRACKING))?;
     for _ in 0..LOOKS {
-        std::thread::sleep(pause);
-        engine.look()?;
+        watch.wait(pause)?;
+        engine.look().map_err(fault(TRACKING))?;
     }
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "saturates")]
     let class = |(writes, pages): (f64, u64)| WriteClass {

@@ -20,6 +20,7 @@ use haulage_service::bulk::{pace, send_now};
 use crate::PageShipper;
 use crate::failure::{TRACKING, fault, no_session};
 use crate::lanes::Lanes;
+use crate::watched::Watch;
 use crate::wire::{FINISH, FINISHED, Finished, MANIFEST, OK, ROUND_END};
 
 /// A migration's memory, where it leaves.
@@ -27,6 +28,8 @@ pub(crate) struct Session {
     engine: SourceEngine,
     lanes: Lanes,
     rounds: u32,
+    /// After the engine: what it tracks is free when this is gone.
+    watch: Watch,
 }
 
 pub(crate) async fn start(
@@ -37,14 +40,16 @@ pub(crate) async fn start(
     let pace = pace(&service.config, &migration, ask.transfer.bandwidth).await?;
     let lanes = Lanes::connect(&migration, &ask, pace).await?;
     let (procs, policy) = (ask.cgroup_procs, transfer(ask.policy));
+    let (watched, id) = (service.watched.clone(), migration.clone());
     let begun = tokio::task::spawn_blocking(move || {
-        let options = SourceOptions { policy };
-        SourceEngine::begin(Path::new(&procs), options).map_err(fault(TRACKING))
+        let watch = watched.migrate(&procs, id);
+        let begun = SourceEngine::begin(Path::new(&procs), SourceOptions { policy });
+        begun.map(|(engine, report)| (watch, engine, report)).map_err(fault(TRACKING))
     });
-    let (engine, report) = begun.await.map_err(fault(code::INTERNAL))??;
+    let (watch, engine, report) = begun.await.map_err(fault(code::INTERNAL))??;
     let mut sources = service.sources.lock().unwrap_or_else(PoisonError::into_inner);
     // A session of an earlier try is dropped, and its trackers with it.
-    sources.insert(migration, Session { engine, lanes, rounds: 0 });
+    sources.insert(migration, Session { engine, lanes, rounds: 0, watch });
     Ok(started(report))
 }
 
@@ -91,18 +96,19 @@ pub(crate) async fn round(
     // Before the session is taken: what ends a migration need not wait for this.
     tokio::time::sleep(Duration::from_micros(ask.pause.0)).await;
     // A session whose round failed is not put back: its connection is of no more use.
-    let Session { engine, mut lanes, rounds } = service.take_source(&migration)?;
+    let Session { engine, mut lanes, rounds, watch } = service.take_source(&migration)?;
     let (began, before) = (Instant::now(), lanes.traffic());
     #[allow(clippy::cast_precision_loss, reason = "an estimate")]
     let rate = ask.rate.map(|pages| pages.0 as f64);
-    let pace = Pace { rate, allowance: ask.allowance.0, last: ask.last };
+    let interval = Duration::from_micros(ask.interval.0);
+    let pace = Pace { rate, allowance: ask.allowance.0, last: ask.last, interval };
     let (engine, report, encoding) = lanes.ship(engine, move |engine, sink| engine.round(pace, sink)).await?;
     lanes.settle().await?;
     send_now(&mut lanes.first()?.connection, ROUND_END, Bytes::new()).await?;
     lanes.first()?.answer(OK, "the pages").await?;
     let wire = lanes.traffic().saturating_sub(before);
     let report = told(ask.round, &report, encoding, wire, began.elapsed());
-    service.put_source(migration, Session { engine, lanes, rounds: rounds.saturating_add(1) });
+    service.put_source(migration, Session { engine, lanes, rounds: rounds.saturating_add(1), watch });
     Ok(report)
 }
 
@@ -110,7 +116,7 @@ pub(crate) async fn final_round(
     service: Arc<PageShipper>,
     migration: MigrationId,
 ) -> Result<FinalReport, Fault> {
-    let Session { engine, mut lanes, rounds } = service.take_source(&migration)?;
+    let Session { engine, mut lanes, rounds, watch } = service.take_source(&migration)?;
     let (began, before) = (Instant::now(), lanes.traffic());
     let (engine, (manifest, report), encoding) = lanes.ship(engine, SourceEngine::final_round).await?;
     lanes.settle().await?;
@@ -122,7 +128,7 @@ pub(crate) async fn final_round(
     let finished: Finished = serde_json::from_slice(&finished).map_err(fault(code::MALFORMED))?;
     let wire = lanes.traffic().saturating_sub(before);
     let round = told(Round(rounds), &report, encoding, wire, began.elapsed());
-    service.put_source(migration, Session { engine, lanes, rounds });
+    service.put_source(migration, Session { engine, lanes, rounds, watch });
     Ok(FinalReport { round, total: finished.pages, dropped: finished.dropped })
 }
 

@@ -15,6 +15,7 @@
 //!   | <-------------------- FAILED |   instead of any answer, and nothing after it
 //! ```
 
+use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::unit::Pages;
 use haulage_service::bulk::Cargo;
 use haulage_transport::stream::FrameKind;
@@ -43,6 +44,16 @@ pub(crate) const FINISHED: FrameKind = own(5);
 pub(crate) const COMPLETE: FrameKind = own(7);
 /// Pages as names of others.
 pub(crate) const NAMED: FrameKind = own(8);
+
+/// Bytes to measure the link with ([`crate::probe`]).
+pub(crate) const PROBE: FrameKind = own(9);
+/// All bytes of a burst.
+pub(crate) const PROBE_END: FrameKind = own(10);
+
+/// What is said to who sends another.
+pub(crate) fn out_of_place(kind: FrameKind) -> Fault {
+    Fault::new(code::MALFORMED, format!("a frame of kind {} does not belong here", kind.0))
+}
 
 /// What the sealed store holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -19,9 +19,6 @@ use haulage_protocol::policy::Policy;
 use haulage_protocol::unit::{Micros, Pages};
 use serde::{Deserialize, Serialize};
 
-/// What a switch costs besides memory: freeze, dump, last file pass, restore. A small container on a machine of two
-/// cores; `haul show` tells what it was.
-pub const FIXED: Micros = Micros(100_000);
 /// What a link takes when nothing has been measured: 1 Gbit/s.
 pub const ASSUMED_RATE: Pages = Pages(29_000);
 /// Rounds that send fewer pages say little of the rate.
@@ -33,19 +30,13 @@ const STALLED_PERCENT: u64 = 95;
 /// The most rounds of a pre-copy without a deadline, should nothing else end it.
 const MOST_ROUNDS: usize = 100;
 /// The most rounds between the preparation of the target and the freeze.
-const MOST_SETTLING: usize = 12;
+pub(crate) const MOST_SETTLING: usize = 12;
 /// Time to send what is not worth another round.
 const NEARLY_NOTHING: Micros = Micros(5_000);
 /// Preparing the target takes about as long, and what is written meanwhile has to be sent in any case.
 const PREPARING: Micros = Micros(250_000);
-/// A pre-copy that lasts longer than this tracks no more than a round a second, unless it is getting somewhere.
-const LONG: Micros = Micros(2_000_000);
-/// So does one of more rounds than this: short ones come by the hundred, and the record, which holds them all, has to fit
-/// into one message.
-const MANY: usize = 64;
-const SECOND: Micros = Micros(1_000_000);
-/// Or one in so many parts of its time, so that a long deadline does not make a long record.
-const PARTS: u64 = 64;
+/// What is aimed at beside the fixed cost, where nothing was asked for and that alone takes as long as the default.
+const REACH: Micros = Micros(20_000);
 
 /// What a container that is slowed down keeps of its processor time, in percent, step by step.
 const KEEPS: [u8; 4] = [50, 25, 10, 5];
@@ -125,46 +116,42 @@ pub struct Convergence {
     pub wanted: Micros,
 }
 
+/// The downtime that is aimed at, with a switch that costs `fixed`: what was asked for. Where nothing was, what is
+/// within reach.
+#[must_use]
+pub fn aim(options: &Options, fixed: Micros) -> Micros {
+    match options.max_downtime_ms {
+        Some(_) => options.downtime(),
+        None => options.downtime().max(fixed + REACH),
+    }
+}
+
 /// What the rounds say of the freeze.
 #[must_use]
-pub fn forecast(rounds: &[RoundReport]) -> Forecast {
+pub fn forecast(rounds: &[RoundReport], fixed: Micros) -> Forecast {
     let left = left(rounds);
     let rate = rate(rounds);
     let pages = u128::from(left.0).saturating_mul(1_000_000);
     let transfer = pages / u128::from(rate.unwrap_or(ASSUMED_RATE).0.max(1));
-    Forecast { left, rate, downtime: FIXED + Micros(u64::try_from(transfer).unwrap_or(u64::MAX)) }
+    Forecast { left, rate, downtime: fixed + Micros(u64::try_from(transfer).unwrap_or(u64::MAX)) }
 }
 
 /// The predicted downtime.
 #[must_use]
-pub fn predicted(rounds: &[RoundReport]) -> Micros {
-    forecast(rounds).downtime
+pub fn predicted(rounds: &[RoundReport], fixed: Micros) -> Micros {
+    forecast(rounds, fixed).downtime
 }
 
 /// Pages that may be left for the freeze.
 #[must_use]
-pub fn allowance(rounds: &[RoundReport], options: &Options) -> Pages {
-    let time = options.downtime().since(FIXED);
+pub fn allowance(rounds: &[RoundReport], options: &Options, fixed: Micros) -> Pages {
+    let time = aim(options, fixed).since(fixed);
     let pages = u128::from(rate(rounds).unwrap_or(ASSUMED_RATE).0) * u128::from(time.0) / 1_000_000;
     Pages(u64::try_from(pages).unwrap_or(u64::MAX))
 }
 
-/// How long to wait before the next round: what it is good for is that pages are written, each of which costs the
-/// container a fault, so a long pre-copy that gets nowhere takes its time.
-#[must_use]
-pub fn pause(rounds: &[RoundReport], elapsed: Micros) -> Micros {
-    let Some((last, before)) = rounds.split_last() else { return Micros(0) };
-    let least = before.iter().rev().take(MOST_SETTLING).map(of).min();
-    match least {
-        Some(least) if (elapsed > LONG || rounds.len() > MANY) && nowhere(least, of(last)) => {
-            SECOND.max(Micros(elapsed.0 / PARTS)).since(last.took)
-        }
-        _ => Micros(0),
-    }
-}
-
 /// What a round left; what was written during it is as much as it found when nobody has counted.
-fn of(round: &RoundReport) -> Pages {
+pub(crate) fn of(round: &RoundReport) -> Pages {
     round.left.unwrap_or(round.withheld + round.dirty)
 }
 
@@ -172,7 +159,8 @@ fn left(rounds: &[RoundReport]) -> Pages {
     rounds.last().map_or(Pages(u64::MAX), of)
 }
 
-fn nowhere(before: Pages, after: Pages) -> bool {
+/// Whether a round has left nearly as much as one before it.
+pub(crate) fn nowhere(before: Pages, after: Pages) -> bool {
     u128::from(after.0) * 100 >= u128::from(before.0) * u128::from(STALLED_PERCENT)
 }
 
@@ -193,27 +181,31 @@ fn per_second(pages: u64, took: Micros) -> Pages {
     Pages(u64::try_from(rate).unwrap_or(u64::MAX).max(1))
 }
 
-/// Decides after the rounds of the pre-copy, which have taken `elapsed`, with the container slowed down by `slowdowns`.
+/// Decides after the rounds of the pre-copy, which have taken `elapsed`, with the container slowed down by `slowdowns`
+/// and a switch that costs `fixed`.
 #[must_use]
 pub fn decide(
     rounds: &[RoundReport],
     slowdowns: &[Slowdown],
     options: &Options,
+    fixed: Micros,
     elapsed: Micros,
 ) -> Decision {
     if options.policy == Policy::Phaul {
         return if phaul_goes_on(rounds) { Decision::Again } else { Decision::Freeze(Why::Phaul) };
     }
     // What is left when it is prepared is sent afterwards.
-    let early = options.policy == Policy::Adaptive && is_possible(options);
+    let early = options.policy == Policy::Adaptive && is_possible(options, fixed);
     let slack = if early { PREPARING } else { Micros(0) };
     match rounds {
         [] => Decision::Again,
-        [first] if first.dirty.0 > 0 && first.left.is_none() => out_of_bounds(rounds, options, elapsed),
-        _ if predicted(rounds) <= options.downtime() + slack => Decision::Freeze(Why::Fits),
-        _ => match out_of_bounds(rounds, options, elapsed) {
+        [first] if first.dirty.0 > 0 && first.left.is_none() => {
+            out_of_bounds(rounds, options, fixed, elapsed)
+        }
+        _ if predicted(rounds, fixed) <= aim(options, fixed) + slack => Decision::Freeze(Why::Fits),
+        _ => match out_of_bounds(rounds, options, fixed, elapsed) {
             Decision::Again if is_stalled(since(rounds, slowdowns), options) => {
-                stalled(slowdowns, options, elapsed)
+                stalled(slowdowns, options, fixed, elapsed)
             }
             decision => decision,
         },
@@ -227,6 +219,7 @@ pub fn settle(
     settling: usize,
     slowdowns: &[Slowdown],
     options: &Options,
+    fixed: Micros,
     elapsed: Micros,
 ) -> Decision {
     let slowed = since(rounds, slowdowns).len();
@@ -237,57 +230,62 @@ pub fn settle(
     if options.policy == Policy::Phaul {
         return Decision::Freeze(Why::Phaul);
     }
-    if predicted(rounds) <= options.downtime() {
+    if predicted(rounds, fixed) <= aim(options, fixed) {
         let more = settled.len() < MOST_SETTLING && settled.last().is_some_and(|last| pays(last, rounds));
         return if more { Decision::Again } else { Decision::Freeze(Why::Fits) };
     }
-    match out_of_bounds(rounds, options, elapsed) {
+    match out_of_bounds(rounds, options, fixed, elapsed) {
         Decision::Again if settled.len() >= MOST_SETTLING || is_stalled(settled, options) => {
-            stalled(slowdowns, options, elapsed)
+            stalled(slowdowns, options, fixed, elapsed)
         }
         decision => decision,
     }
 }
 
 /// More rounds do not help: slower, if that is wanted and there is a step left, or no further.
-fn stalled(slowdowns: &[Slowdown], options: &Options, elapsed: Micros) -> Decision {
-    let slower = KEEPS.get(slowdowns.len()).filter(|_| options.auto_converge && is_possible(options));
-    slower.map_or_else(|| give_up(options, elapsed, Why::Stalled), |keep| Decision::SlowDown(*keep))
+fn stalled(slowdowns: &[Slowdown], options: &Options, fixed: Micros, elapsed: Micros) -> Decision {
+    let helps = options.auto_converge && is_possible(options, fixed);
+    let slower = KEEPS.get(slowdowns.len()).filter(|_| helps);
+    slower.map_or_else(|| give_up(options, fixed, elapsed, Why::Stalled), |keep| Decision::SlowDown(*keep))
 }
 
 /// Whether one more round is worth its bytes although it fits already: the last one has left less than half of what
 /// it found, and more than nearly nothing.
 fn pays(last: &RoundReport, rounds: &[RoundReport]) -> bool {
     let found = last.sent + last.withheld;
-    of(last).0.saturating_mul(2) < found.0 && predicted(rounds) > FIXED + NEARLY_NOTHING
+    of(last).0.saturating_mul(2) < found.0 && predicted(rounds, Micros(0)) > NEARLY_NOTHING
 }
 
-fn out_of_bounds(rounds: &[RoundReport], options: &Options, elapsed: Micros) -> Decision {
+fn out_of_bounds(rounds: &[RoundReport], options: &Options, fixed: Micros, elapsed: Micros) -> Decision {
     if is_late(options, elapsed) {
-        return give_up(options, elapsed, Why::Deadline);
+        return give_up(options, fixed, elapsed, Why::Deadline);
     }
     let most = match (options.max_rounds, options.deadline_ms) {
         (Some(most), _) => usize::try_from(most.max(1)).unwrap_or(usize::MAX),
         (None, Some(_)) => usize::MAX,
         (None, None) => MOST_ROUNDS,
     };
-    if rounds.len() >= most { give_up(options, elapsed, Why::Rounds) } else { Decision::Again }
+    if rounds.len() >= most { give_up(options, fixed, elapsed, Why::Rounds) } else { Decision::Again }
 }
 
 /// What is not within the downtime asked for. Where there is time until a deadline, and a downtime was asked for, it is
 /// used: the container may write less by then.
-fn give_up(options: &Options, elapsed: Micros, why: Why) -> Decision {
-    let strict = options.deadline_ms.is_some() && options.max_downtime_ms.is_some();
+fn give_up(options: &Options, fixed: Micros, elapsed: Micros, why: Why) -> Decision {
     match why {
-        _ if !strict => Decision::Freeze(why),
-        Why::Stalled if !is_late(options, elapsed) && is_possible(options) => Decision::Again,
+        _ if !is_strict(options) => Decision::Freeze(why),
+        Why::Stalled if !is_late(options, elapsed) && is_possible(options, fixed) => Decision::Again,
         _ => Decision::Refuse(why),
     }
 }
 
+/// Whether a downtime that cannot be kept is a reason not to migrate.
+pub(crate) fn is_strict(options: &Options) -> bool {
+    options.deadline_ms.is_some() && options.max_downtime_ms.is_some()
+}
+
 /// Whether any container could keep that downtime: one that writes nothing could.
-fn is_possible(options: &Options) -> bool {
-    options.downtime() >= FIXED
+fn is_possible(options: &Options, fixed: Micros) -> bool {
+    aim(options, fixed) >= fixed
 }
 
 fn is_late(options: &Options, elapsed: Micros) -> bool {

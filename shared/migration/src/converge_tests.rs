@@ -1,4 +1,5 @@
 use super::*;
+use crate::fixed::FIXED;
 use haulage_protocol::id::Round;
 use haulage_protocol::unit::Bytes;
 use proptest::prelude::*;
@@ -29,28 +30,36 @@ const NO_TIME: Micros = Micros(0);
 fn the_downtime_is_predicted_from_what_is_left_and_the_measured_rate() {
     let rounds = [round(0, 65536, 2000), round(1, 2000, 500)];
     assert_eq!(
-        forecast(&rounds),
+        forecast(&rounds, FIXED),
         Forecast { left: Pages(500), rate: Some(Pages(10_000)), downtime: FIXED + Micros(50_000) }
     );
     // A round of no account does not change the rate.
     let slow = RoundReport { took: Micros(1_000_000), ..round(2, 10, 500) };
-    assert_eq!(forecast(&[round(0, 65536, 2000), slow]).rate, Some(Pages(10_000)));
-    assert_eq!(forecast(&[]).rate, None);
-    assert_eq!(allowance(&rounds, &with("adaptive")), Pages(500));
+    assert_eq!(forecast(&[round(0, 65536, 2000), slow], FIXED).rate, Some(Pages(10_000)));
+    assert_eq!(forecast(&[], FIXED).rate, None);
+    assert_eq!(allowance(&rounds, &with("adaptive"), FIXED), Pages(500));
 }
 
 #[test]
 fn freezes_when_what_is_left_fits_and_not_before() {
     for policy in ["all", "history", "adaptive"] {
         let rounds = [round(0, 65536, 500)];
-        assert_eq!(decide(&rounds, &[], &with(policy), NO_TIME), Decision::Freeze(Why::Fits), "{policy}");
+        assert_eq!(
+            decide(&rounds, &[], &with(policy), FIXED, NO_TIME),
+            Decision::Freeze(Why::Fits),
+            "{policy}"
+        );
         // Prepared, it is worth one more round.
-        assert_eq!(settle(&rounds, 1, &[], &with(policy), NO_TIME), Decision::Again, "{policy}");
+        assert_eq!(settle(&rounds, 1, &[], &with(policy), FIXED, NO_TIME), Decision::Again, "{policy}");
         let rounds = [round(0, 65536, 500), round(1, 500, 300)];
-        assert_eq!(settle(&rounds, 1, &[], &with(policy), NO_TIME), Decision::Freeze(Why::Fits), "{policy}");
+        assert_eq!(
+            settle(&rounds, 1, &[], &with(policy), FIXED, NO_TIME),
+            Decision::Freeze(Why::Fits),
+            "{policy}"
+        );
         let rounds = [round(0, 65536, 5001)];
-        assert_eq!(decide(&rounds, &[], &with(policy), NO_TIME), Decision::Again, "{policy}");
-        assert_eq!(settle(&rounds, 1, &[], &with(policy), NO_TIME), Decision::Again, "{policy}");
+        assert_eq!(decide(&rounds, &[], &with(policy), FIXED, NO_TIME), Decision::Again, "{policy}");
+        assert_eq!(settle(&rounds, 1, &[], &with(policy), FIXED, NO_TIME), Decision::Again, "{policy}");
     }
 }
 
@@ -59,12 +68,16 @@ fn goes_on_while_it_shrinks_and_freezes_when_it_does_not() {
     let shrinking: Vec<_> = (0..20).map(|n| round(n, 1000, 100_000 - u64::from(n) * 3000)).collect();
     let flat: Vec<_> = (0..20).map(|n| round(n, 1000, 50_000)).collect();
     for policy in ["all", "history", "adaptive"] {
-        assert_eq!(decide(&shrinking, &[], &with(policy), NO_TIME), Decision::Again, "{policy}");
-        assert_eq!(decide(&flat, &[], &with(policy), NO_TIME), Decision::Freeze(Why::Stalled), "{policy}");
+        assert_eq!(decide(&shrinking, &[], &with(policy), FIXED, NO_TIME), Decision::Again, "{policy}");
+        assert_eq!(
+            decide(&flat, &[], &with(policy), FIXED, NO_TIME),
+            Decision::Freeze(Why::Stalled),
+            "{policy}"
+        );
     }
     // A single round that leaves more is forgiven.
     let rounds = [round(0, 1000, 60_000), round(1, 1000, 61_000)];
-    assert_eq!(decide(&rounds, &[], &with("all"), NO_TIME), Decision::Again);
+    assert_eq!(decide(&rounds, &[], &with("all"), FIXED, NO_TIME), Decision::Again);
 }
 
 #[test]
@@ -73,16 +86,16 @@ fn a_deadline_refuses_only_a_downtime_that_was_asked_for() {
     let best = Options { deadline_ms: Some(10_000), ..with("adaptive") };
     let strict = Options { max_downtime_ms: Some(150), ..best.clone() };
     let (before, after) = (Micros(9_999_999), Micros(10_000_000));
-    assert_eq!(decide(&flat, &[], &strict, before), Decision::Again);
-    assert_eq!(decide(&flat, &[], &strict, after), Decision::Refuse(Why::Deadline));
-    assert_eq!(settle(&flat, 20, &[], &strict, before), Decision::Again);
-    assert_eq!(settle(&flat, 20, &[], &strict, after), Decision::Refuse(Why::Deadline));
-    assert_eq!(decide(&flat, &[], &best, before), Decision::Freeze(Why::Stalled));
-    assert_eq!(decide(&flat[..2], &[], &best, after), Decision::Freeze(Why::Deadline));
+    assert_eq!(decide(&flat, &[], &strict, FIXED, before), Decision::Again);
+    assert_eq!(decide(&flat, &[], &strict, FIXED, after), Decision::Refuse(Why::Deadline));
+    assert_eq!(settle(&flat, 20, &[], &strict, FIXED, before), Decision::Again);
+    assert_eq!(settle(&flat, 20, &[], &strict, FIXED, after), Decision::Refuse(Why::Deadline));
+    assert_eq!(decide(&flat, &[], &best, FIXED, before), Decision::Freeze(Why::Stalled));
+    assert_eq!(decide(&flat[..2], &[], &best, FIXED, after), Decision::Freeze(Why::Deadline));
     let fits = [round(0, 1000, 10)];
-    assert_eq!(decide(&fits, &[], &strict, after), Decision::Freeze(Why::Fits));
+    assert_eq!(decide(&fits, &[], &strict, FIXED, after), Decision::Freeze(Why::Fits));
     let no_deadline = Options { deadline_ms: None, ..strict };
-    assert_eq!(decide(&flat, &[], &no_deadline, after), Decision::Freeze(Why::Stalled));
+    assert_eq!(decide(&flat, &[], &no_deadline, FIXED, after), Decision::Freeze(Why::Stalled));
 }
 
 #[test]
@@ -92,13 +105,13 @@ fn what_stalls_is_slowed_down_in_steps_and_each_gets_its_chance() {
     let mut slowdowns = Vec::new();
     for (n, keep) in KEEPS.into_iter().enumerate() {
         let rounds = flat(n + 1);
-        assert_eq!(decide(&rounds, &slowdowns, &options, NO_TIME), Decision::SlowDown(keep));
+        assert_eq!(decide(&rounds, &slowdowns, &options, FIXED, NO_TIME), Decision::SlowDown(keep));
         slowdowns.push(Slowdown { after: rounds.len(), keep });
-        assert_eq!(decide(&rounds, &slowdowns, &options, NO_TIME), Decision::Again);
+        assert_eq!(decide(&rounds, &slowdowns, &options, FIXED, NO_TIME), Decision::Again);
     }
     let rounds = flat(KEEPS.len() + 1);
-    assert_eq!(decide(&rounds, &slowdowns, &options, NO_TIME), Decision::Freeze(Why::Stalled));
-    assert_eq!(decide(&rounds, &[], &with("all"), NO_TIME), Decision::Freeze(Why::Stalled));
+    assert_eq!(decide(&rounds, &slowdowns, &options, FIXED, NO_TIME), Decision::Freeze(Why::Stalled));
+    assert_eq!(decide(&rounds, &[], &with("all"), FIXED, NO_TIME), Decision::Freeze(Why::Stalled));
 }
 
 #[test]
@@ -110,27 +123,34 @@ fn a_downtime_below_the_fixed_cost_is_neither_waited_for_nor_throttled_for() {
         deadline_ms: Some(60_000),
         ..with("adaptive")
     };
-    assert_eq!(decide(&rounds, &[], &below, NO_TIME), Decision::Refuse(Why::Stalled));
+    assert_eq!(decide(&rounds, &[], &below, FIXED, NO_TIME), Decision::Refuse(Why::Stalled));
     let lenient = Options { deadline_ms: None, ..below };
-    assert_eq!(decide(&rounds, &[], &lenient, NO_TIME), Decision::Freeze(Why::Stalled));
+    assert_eq!(decide(&rounds, &[], &lenient, FIXED, NO_TIME), Decision::Freeze(Why::Stalled));
 }
 
 #[test]
-fn a_round_a_second_is_enough_for_what_gets_nowhere() {
-    let flat = [round(0, 1000, 50_000), round(1, 1000, 50_000)];
-    assert_eq!(pause(&flat, LONG), Micros(0));
-    let many = vec![round(0, 1000, 50_000); MANY + 1];
-    assert!(pause(&many, LONG) > Micros(0) && pause(&many[1..], LONG) == Micros(0));
-    assert_eq!(pause(&flat, Micros(LONG.0 + 1)), Micros(900_000));
-    assert_eq!(pause(&flat, Micros(640_000_000)), Micros(9_900_000));
-    assert_eq!(pause(&[round(0, 1000, 50_000), round(1, 1000, 40_000)], Micros(640_000_000)), Micros(0));
+fn the_default_aims_at_what_is_within_reach_and_what_was_asked_for_is_what_was_asked_for() {
+    let (default, asked) = (with("all"), Options { max_downtime_ms: Some(150), ..with("all") });
+    let (cheap, dear) = (Micros(100_000), Micros(400_000));
+    assert_eq!([aim(&default, cheap), aim(&asked, cheap)], [Micros(150_000); 2]);
+    assert_eq!([aim(&default, dear), aim(&asked, dear)], [dear + REACH, Micros(150_000)]);
+    // What is left takes 15 ms.
+    let rounds = [round(0, 65536, 150), round(1, 150, 150)];
+    assert_eq!(forecast(&rounds, dear).downtime, Micros(415_000));
+    assert_eq!(decide(&rounds, &[], &default, dear, NO_TIME), Decision::Freeze(Why::Fits));
+    assert_eq!(allowance(&rounds, &default, dear), Pages(200));
+    assert_eq!(decide(&rounds, &[], &asked, dear, NO_TIME), Decision::Again);
+    assert_eq!(allowance(&rounds, &asked, dear), Pages(0));
+    let flat = vec![round(0, 1000, 150); 5];
+    let strict = Options { deadline_ms: Some(60_000), ..asked };
+    assert_eq!(decide(&flat, &[], &strict, dear, NO_TIME), Decision::Refuse(Why::Stalled));
 }
 
 #[test]
 fn phaul_stops_by_its_own_rule() {
     let goes_on = |dirty: &[u64]| {
         let rounds: Vec<_> = dirty.iter().zip(0..).map(|(dirty, n)| round(n, *dirty, 1 << 30)).collect();
-        decide(&rounds, &[], &with("phaul"), NO_TIME) == Decision::Again
+        decide(&rounds, &[], &with("phaul"), FIXED, NO_TIME) == Decision::Again
     };
     assert!(goes_on(&[65]) && !goes_on(&[64]));
     assert!(goes_on(&[1000, 1109]) && !goes_on(&[1000, 1110]));
@@ -156,13 +176,13 @@ proptest! {
             so_far.push(report);
             elapsed += Micros(1_000_000);
             settled += usize::from(n > 10);
-            let decisions = [decide(&so_far, &[], &options, elapsed), settle(&so_far, settled, &[], &options, elapsed)];
+            let decisions = [decide(&so_far, &[], &options, FIXED, elapsed), settle(&so_far, settled, &[], &options, FIXED, elapsed)];
             for (decision, ended) in decisions.into_iter().zip(&mut ended) {
                 match decision {
                     Decision::Again => {}
                     Decision::SlowDown(_) => prop_assert!(false, "nobody asked for it"),
                     Decision::Freeze(Why::Fits) => {
-                        prop_assert!(predicted(&so_far) <= options.downtime() + PREPARING);
+                        prop_assert!(predicted(&so_far, FIXED) <= options.downtime() + PREPARING);
                         *ended = true;
                     }
                     Decision::Freeze(why) => {
@@ -170,7 +190,7 @@ proptest! {
                         *ended = true;
                     }
                     Decision::Refuse(_) => {
-                        prop_assert!(strict && predicted(&so_far) > options.downtime());
+                        prop_assert!(strict && predicted(&so_far, FIXED) > options.downtime());
                         *ended = true;
                     }
                 }

@@ -9,6 +9,8 @@ use haulage_protocol::restorer::{Checked, Created, Prepared, Restored, Verified}
 use haulage_protocol::syncer::{FilesOpened, FilesSynced, ImagePulled, ImagePushed};
 use serde::{Deserialize, Serialize};
 
+use crate::fixed::Fixed;
+
 /// One thing to do. Its parameters are in the record, so that it can be done again after a restart.
 /// Every effect is idempotent under its step number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -198,8 +200,8 @@ impl fmt::Display for Effect {
 /// The result of an effect that succeeded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Success {
-    /// Of [`Effect::Locate`]: the host, and what it answered.
-    Located(HostId, Located),
+    /// Of [`Effect::Locate`]: the host, what it answered, and what is known of moves from there to the target.
+    Located(HostId, Located, Option<Fixed>),
     /// Of [`Effect::Inspect`].
     Inspected(Box<Inspected>),
     /// Of [`Effect::Check`].

@@ -5,14 +5,17 @@
 
 mod converge;
 mod effect;
+pub mod fixed;
 mod machine;
+pub mod pace;
 mod phase;
 pub mod plan;
 mod record;
 pub mod timing;
+pub mod trace;
 
 pub use converge::{
-    ASSUMED_RATE, Convergence, Decision, FIXED, Forecast, Slowdown, Why, allowance, decide, forecast, pause,
+    ASSUMED_RATE, Convergence, Decision, Forecast, Slowdown, Why, aim, allowance, decide, forecast,
     predicted, settle,
 };
 pub use effect::{Effect, Persistence, Success};

@@ -19,7 +19,7 @@ use haulage_protocol::secret::Token;
 use haulage_protocol::unit::Micros;
 use haulage_protocol::version::Version;
 
-use crate::converge::{Convergence, Decision, Slowdown, Why, decide, forecast, settle};
+use crate::converge::{Convergence, Decision, Slowdown, Why, aim, decide, forecast, settle};
 use crate::effect::{Effect, Success};
 use crate::phase::Phase;
 use crate::record::{Facts, Leftover, Migration, Outcome, Span};
@@ -188,8 +188,9 @@ impl Migration {
     fn learn(&mut self, step: Step, effect: Effect, success: Success) -> Result<(), IllegalEvent> {
         let facts = &mut self.facts;
         match (effect, success) {
-            (Effect::Locate, Success::Located(host, located)) => {
+            (Effect::Locate, Success::Located(host, located, fixed)) => {
                 facts.source = Some(host);
+                facts.fixed = fixed;
                 // By its id from here on: a name can pass to another container.
                 if let Some(id) = located.container {
                     let asked = std::mem::replace(&mut self.job.container, id.to_string());
@@ -287,15 +288,17 @@ impl Migration {
             Phase::PreCopy if !self.is_tracked() => Enter(Phase::Prepare),
             Phase::PreCopy => {
                 let Facts { rounds, slowdowns, .. } = &self.facts;
-                let decision = decide(rounds, slowdowns, &self.job.options, self.pre_copied(now));
-                self.decided(decision, Phase::Prepare)
+                let (options, fixed) = (&self.job.options, self.fixed().cost);
+                self.decided(decide(rounds, slowdowns, options, fixed, self.pre_copied(now)), Phase::Prepare)
             }
             Phase::Prepare => Enter(Phase::Settle),
             Phase::Settle if !self.is_tracked() => Enter(Phase::Freeze),
             Phase::Settle => {
                 let Facts { rounds, slowdowns, .. } = &self.facts;
-                let (options, elapsed) = (&self.job.options, self.pre_copied(now));
-                self.decided(settle(rounds, self.settled(), slowdowns, options, elapsed), Phase::Freeze)
+                let (options, fixed) = (&self.job.options, self.fixed().cost);
+                let decision =
+                    settle(rounds, self.settled(), slowdowns, options, fixed, self.pre_copied(now));
+                self.decided(decision, Phase::Freeze)
             }
             // What is dumped has the limits that it came with.
             Phase::Freeze if self.is_throttled() => Stay(Effect::Unthrottle),
@@ -322,7 +325,12 @@ impl Migration {
     }
 
     fn convergence(&self, why: Why) -> Convergence {
-        Convergence { why, forecast: forecast(&self.facts.rounds), wanted: self.job.options.downtime() }
+        let fixed = self.fixed().cost;
+        Convergence {
+            why,
+            forecast: forecast(&self.facts.rounds, fixed),
+            wanted: aim(&self.job.options, fixed),
+        }
     }
 
     /// The container has not been touched: what is undone is the target's.
@@ -330,7 +338,10 @@ impl Migration {
         let convergence = self.convergence(why);
         let (predicted, wanted) = (convergence.forecast.downtime, convergence.wanted);
         self.facts.convergence = Some(convergence);
-        let message = format!("the container would stand still for {predicted}, not for {wanted}, and {why}");
+        let fixed = self.fixed();
+        let message = format!(
+            "the container would stand still for {predicted} (the switch alone: {fixed}), not for {wanted}, and {why}"
+        );
         let remedy = "allow more with --max-downtime or --deadline, or slow it down with --auto-converge";
         self.fault.get_or_insert(Fault::new(code::CANNOT_CONVERGE, message).remedy(remedy));
     }

@@ -9,6 +9,7 @@ use haulage_protocol::unit::{Bytes, Micros, Pages};
 use serde::Serialize;
 
 use crate::converge::{Decision, Why, decide, predicted, settle};
+use crate::pace::{Ago, Pacing, pacing};
 
 /// What a round costs beside its pages, in seconds.
 const ROUND: f64 = 0.006;
@@ -52,16 +53,20 @@ struct Model {
     rate: f64,
     policy: Policy,
     rounds: Vec<RoundReport>,
+    /// When each began, in seconds.
+    began: Vec<f64>,
+    fixed: Micros,
     seconds: f64,
     sent: f64,
 }
 
-/// Predicts a migration of a container that writes as `classes` say, over a way that takes `rate` pages a second.
+/// Predicts a migration of a container that writes as `classes` say, over a way that takes `rate` pages a second, with
+/// a switch that costs `fixed`.
 #[must_use]
-pub fn predict(classes: &[WriteClass], rate: Pages, options: &Options) -> Prediction {
-    let mut model = Model::new(classes, rate, options.policy);
+pub fn predict(classes: &[WriteClass], rate: Pages, options: &Options, fixed: Micros) -> Prediction {
+    let mut model = Model::new(classes, rate, options.policy, fixed);
     let end = model.run(options);
-    let downtime = predicted(&model.rounds);
+    let downtime = predicted(&model.rounds, fixed);
     let left = model.dirty();
     Prediction {
         rounds: model.rounds.len(),
@@ -78,7 +83,7 @@ pub fn predict(classes: &[WriteClass], rate: Pages, options: &Options) -> Predic
 
 impl Model {
     #[allow(clippy::cast_precision_loss, reason = "an estimate")]
-    fn new(classes: &[WriteClass], rate: Pages, policy: Policy) -> Self {
+    fn new(classes: &[WriteClass], rate: Pages, policy: Policy, fixed: Micros) -> Self {
         let class = |class: &WriteClass| {
             let pages = class.pages.0 as f64;
             Class { pages, writes: class.writes as f64 / 1000.0, dirty: pages }
@@ -86,7 +91,9 @@ impl Model {
         let mut classes: Vec<Class> = classes.iter().map(class).collect();
         // Coldest first.
         classes.sort_by(|a, b| a.writes.total_cmp(&b.writes));
-        Self { classes, rate: (rate.0 as f64).max(1.0), policy, rounds: Vec::new(), seconds: 0.0, sent: 0.0 }
+        let rate = (rate.0 as f64).max(1.0);
+        let (rounds, began) = (Vec::new(), Vec::new());
+        Self { classes, rate, policy, rounds, began, fixed, seconds: 0.0, sent: 0.0 }
     }
 
     fn dirty(&self) -> f64 {
@@ -101,10 +108,21 @@ impl Model {
         self.seconds += seconds;
     }
 
-    fn round(&mut self, last: bool) {
+    /// When the next round of pre-copy begins.
+    fn pacing(&self, options: &Options) -> Pacing {
+        let mut ago = self.began.iter().rev().map(|began| micros(self.seconds - began));
+        let ago = Ago { last: ago.next().unwrap_or_default(), before: ago.next() };
+        pacing(&self.rounds, options, micros(self.seconds), ago)
+    }
+
+    /// A round that may last for `interval`, or the last of all, in which nothing waits.
+    fn round(&mut self, interval: Micros, last: bool) {
+        self.began.push(self.seconds);
         let found = self.dirty();
         let mut room = match self.policy {
-            Policy::Adaptive if !last => self.rate * (found / self.rate / PARTS).max(SHORTEST),
+            Policy::Adaptive if !last => {
+                self.rate * (found / self.rate / PARTS).max(SHORTEST).max(seconds(interval))
+            }
             _ => f64::INFINITY,
         };
         let mut sent = 0.0;
@@ -143,8 +161,10 @@ impl Model {
 
     fn run(&mut self, options: &Options) -> Decision {
         while self.rounds.len() < MOST_ROUNDS {
-            self.round(false);
-            match decide(&self.rounds, &[], options, micros(self.seconds)) {
+            let Pacing { interval, pause } = self.pacing(options);
+            self.write(seconds(pause));
+            self.round(interval, false);
+            match decide(&self.rounds, &[], options, self.fixed, micros(self.seconds)) {
                 Decision::Again | Decision::SlowDown(_) => {}
                 Decision::Freeze(_) => return self.settle(options),
                 refused @ Decision::Refuse(_) => return refused,
@@ -157,9 +177,9 @@ impl Model {
         self.write(PREPARE);
         let before = self.rounds.len();
         while self.rounds.len() < MOST_ROUNDS {
-            self.round(true);
+            self.round(Micros(0), true);
             let settling = self.rounds.len() - before;
-            match settle(&self.rounds, settling, &[], options, micros(self.seconds)) {
+            match settle(&self.rounds, settling, &[], options, self.fixed, micros(self.seconds)) {
                 Decision::Again | Decision::SlowDown(_) => {}
                 end => return end,
             }
@@ -186,7 +206,7 @@ fn seconds(time: Micros) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::converge::FIXED;
+    use crate::fixed::FIXED;
     use proptest::prelude::*;
 
     const RATE: Pages = Pages(29_000);
@@ -203,7 +223,7 @@ mod tests {
     #[test]
     fn memory_at_rest_goes_once_and_costs_no_downtime_but_the_fixed() {
         for policy in ["all", "phaul", "history", "adaptive"] {
-            let plan = predict(&classes(0, 0), RATE, &with(policy));
+            let plan = predict(&classes(0, 0), RATE, &with(policy), FIXED);
             assert_eq!((plan.bytes, plan.downtime), (Pages(100_000).bytes(), FIXED), "{policy}");
             assert!(plan.total > Micros(3_400_000) && !plan.refused, "{policy}: {plan:?}");
         }
@@ -211,7 +231,7 @@ mod tests {
 
     #[test]
     fn more_writes_take_more_bytes_and_adaptive_takes_fewer_than_phaul() {
-        let plan = |policy, writes| predict(&classes(20_000, writes), RATE, &with(policy));
+        let plan = |policy, writes| predict(&classes(20_000, writes), RATE, &with(policy), FIXED);
         for policy in ["all", "phaul", "adaptive"] {
             assert!(plan(policy, 1).bytes > plan(policy, 0).bytes, "{policy}");
         }
@@ -221,8 +241,16 @@ mod tests {
     #[test]
     fn what_cannot_be_kept_is_said_to_be_refused() {
         let strict = Options { deadline_ms: Some(20_000), max_downtime_ms: Some(120), ..with("adaptive") };
-        assert!(predict(&classes(50_000, 100), RATE, &strict).refused);
-        assert!(!predict(&classes(50_000, 0), RATE, &strict).refused);
+        assert!(predict(&classes(50_000, 100), RATE, &strict, FIXED).refused);
+        assert!(!predict(&classes(50_000, 0), RATE, &strict, FIXED).refused);
+    }
+
+    #[test]
+    fn rounds_that_are_kept_apart_send_meanwhile_and_take_little_longer() {
+        let apart = Options { round_interval_ms: 1000, ..with("adaptive") };
+        let plan = |options| predict(&classes(5_000, 1), Pages(290_000), options, FIXED);
+        let (close, apart) = (plan(&with("adaptive")), plan(&apart));
+        assert!(apart.total.0 < close.total.0 + 2_000_000, "{close:?} {apart:?}");
     }
 
     proptest! {
@@ -235,7 +263,7 @@ mod tests {
             let classes: Vec<_> =
                 pages.into_iter().map(|(pages, writes)| WriteClass { pages: Pages(pages), writes }).collect();
             let total: u64 = classes.iter().map(|class| class.pages.0).sum();
-            let plan = predict(&classes, Pages(rate), &with(policy));
+            let plan = predict(&classes, Pages(rate), &with(policy), FIXED);
             prop_assert!(plan.bytes.0 + 4096 >= Pages(total).bytes().0 && plan.downtime >= FIXED, "{plan:?}");
         }
     }

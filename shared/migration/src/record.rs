@@ -16,6 +16,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::converge::{Convergence, Slowdown};
 use crate::effect::Effect;
+use crate::fixed::Fixed;
+use crate::pace::{Ago, Pacing, pacing};
 use crate::phase::Phase;
 
 /// How a migration ended.
@@ -67,6 +69,9 @@ pub struct Facts {
     /// What it was called when it was found; an operator may have named it by its id.
     #[serde(default)]
     pub name: Option<String>,
+    /// What earlier moves between the two hosts say of the switch.
+    #[serde(default)]
+    pub fixed: Option<Fixed>,
     /// What it is.
     pub inspected: Option<Inspected>,
     /// What the target said.
@@ -194,6 +199,30 @@ impl Migration {
     pub fn pre_copied(&self, now: Micros) -> Micros {
         let began = self.phases.iter().find(|(phase, _)| *phase == Phase::PreCopy);
         began.map_or(Micros(0), |(_, at)| now.since(*at))
+    }
+
+    /// What the switch is taken to cost besides memory.
+    #[must_use]
+    pub fn fixed(&self) -> Fixed {
+        self.facts.fixed.unwrap_or_default()
+    }
+
+    /// When the next round begins, seen from `now`. Clocks of different hosts are not compared: a round has begun as
+    /// long before its answer as its source says that it took.
+    #[must_use]
+    pub fn pacing(&self, now: Micros) -> Pacing {
+        let mut options = self.job.options.clone();
+        if self.phase != Phase::PreCopy {
+            // The freeze is near: only a long time without getting anywhere puts these rounds apart.
+            (options.round_interval_ms, options.max_tax_percent) = (0, 100);
+        }
+        let rounds = self.spans.iter().filter(|span| matches!(span.effect, Effect::RunRound(_)));
+        let ends = rounds.filter_map(|span| span.to);
+        let began: Vec<Micros> =
+            ends.zip(&self.facts.rounds).map(|(to, round)| to.since(round.took)).collect();
+        let mut ago = began.iter().rev().map(|began| now.since(*began));
+        let ago = Ago { last: ago.next().unwrap_or_default(), before: ago.next() };
+        pacing(&self.facts.rounds, &options, self.pre_copied(now), ago)
     }
 
     /// Rounds that have ended since the target was prepared.

@@ -3,8 +3,11 @@
 //! in exactly one and that nothing is left on the other side.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+mod traced;
+
 use std::collections::BTreeSet;
 
+use haulage_migration::fixed::Fixed;
 use haulage_migration::{Effect, Event, Migration, Outcome, Persistence, Phase, Success, Transition};
 use haulage_protocol::checkpointer::{Dumped, Frozen, Inspected, Located, Network, RolledBack};
 use haulage_protocol::fault::{Fault, code};
@@ -146,7 +149,7 @@ impl World {
         };
         match effect {
             Effect::Locate => {
-                Success::Located(host("a"), Located { container: Some(id()), name: Some("web".into()) })
+                Success::Located(host("a"), Located { container: Some(id()), name: Some("web".into()) }, None)
             }
             Effect::Inspect => Success::Inspected(Box::new(Inspected {
                 container: id(),
@@ -366,6 +369,7 @@ proptest! {
         let chaos = Chaos { fail, lose, crash, repeat, cancel, hold, bury, late };
         let (record, world) = drive(chaos, image_present, if tracked { "write_protect" } else { "none" }, &mut rng);
         check_end(&record, &world);
+        traced::read(&record, Micros(0));
     }
 }
 
@@ -484,4 +488,109 @@ fn an_answer_of_another_kind_is_refused() {
         )
         .is_err()
     );
+}
+
+/// A migration in which all goes well, each effect, or those of a phase together, takes 10 ms, and the hosts tell what
+/// `told` makes of their answers.
+fn in_steps_of_ten_ms(told: impl Fn(&mut Success)) -> Migration {
+    const STEP: u64 = 10_000;
+    let (mut world, mut now) = (World::new(true, "write_protect"), Micros(1_000_000));
+    let Transition { mut next, effects: mut todo } =
+        Migration::accept(job(), Token::generate(), CoordinatorId::generate(), now);
+    while !next.is_over() {
+        now += Micros(STEP);
+        for (step, effect) in std::mem::take(&mut todo) {
+            let mut success = world.perform(step, effect, &next).unwrap();
+            told(&mut success);
+            let transition = next.step(Event::Done(step, success), now).unwrap();
+            next = transition.next;
+            todo.extend(transition.effects);
+        }
+    }
+    next
+}
+
+#[test]
+fn a_trace_shows_who_did_what_and_the_parts_of_the_freeze() {
+    let record = in_steps_of_ten_ms(|success| match success {
+        Success::Round(round) => (round.took, round.sent) = (Micros(3_000), Pages(77)),
+        Success::Frozen(frozen) => frozen.took = Micros(2_000),
+        Success::Restored(restored) => {
+            (restored.merge, restored.start, restored.since) = (Micros(1_000), Micros(4_000), Micros(500));
+        }
+        Success::Verified(verified) => verified.filled.took = Micros(9_000),
+        _ => {}
+    });
+    let rows = traced::read(&record, Micros(u64::MAX));
+    let row = |group: &str, name: &str| &rows[&(group.to_owned(), name.to_owned())];
+    let names = row("target b", "restorer").iter().map(|(_, _, name)| name.as_str());
+    let of_the_restorer = ["check target", "create", "prepare target", "restore", "verify", "adopt"];
+    assert!(names.eq(of_the_restorer), "{rows:?}");
+    let sends = row("source a", "page-shipper").iter().filter(|(_, _, name)| name == "send");
+    let sends: Vec<u64> = sends.map(|(_, lasted, _)| *lasted).collect();
+    assert_eq!(sends, vec![3_000; record.facts.rounds.len()]);
+    let written = serde_json::to_string(&haulage_migration::trace::trace(&record, Micros(0))).unwrap();
+    assert!(written.contains("\"sent_pages\":77") && written.contains("\"wire_bytes\":0"), "{written}");
+
+    // Freezing took the last 2 of its 10 ms; the end of throttling, switch and ship take 10 each, and of the restore's 10
+    // the container runs for half a millisecond.
+    let still = "the container stands still";
+    let parts = row(still, "downtime");
+    let lasted: Vec<_> = parts.iter().map(|(_, lasted, name)| (name.as_str(), *lasted)).collect();
+    let wanted = [
+        ("stands still", 41_500),
+        ("freeze", 2_000),
+        ("ship dump", 10_000),
+        ("join", 1_000),
+        ("start", 4_000),
+    ];
+    assert_eq!(lasted, wanted);
+    assert_eq!(haulage_migration::timing::freeze_split(&record).unwrap().total, Micros(41_500));
+    assert_eq!(row(still, "fill"), &[(parts[0].0 + 41_500, 9_000, "fill".to_owned())]);
+    for part in ["dump", "last round", "files"] {
+        assert_eq!(row(still, part)[0].1, 10_000, "{part}");
+    }
+    // The last round was no longer than the dump: all of it is the switch.
+    assert_eq!(haulage_migration::fixed::cost_of(&record), Some(Micros(41_500)));
+}
+
+#[test]
+fn rounds_are_kept_apart_but_those_before_the_freeze() {
+    let options = Options { round_interval_ms: 1000, ..Options::default() };
+    let (record, mut world, todo) = entered(Phase::PreCopy, options.clone());
+    assert_eq!(record.pacing(Micros(5)).pause, Micros(0), "the first waits for nothing");
+    let (step, effect) = todo[0];
+    let mut success = world.perform(step, effect, &record).unwrap();
+    if let Success::Round(round) = &mut success {
+        round.took = Micros(300_000);
+    }
+    let now = Micros(400_000);
+    let next = record.step(Event::Done(step, success), now).unwrap().next;
+    assert_eq!(next.pacing(now).pause, Micros(700_000));
+    assert_eq!(next.pacing(Micros(now.0 + 50_000)).pause, Micros(650_000));
+    let (record, _, _) = entered(Phase::Settle, options);
+    assert_eq!(record.pacing(Micros(2)).pause, Micros(0));
+}
+
+/// The switch costs what is known when the container has been found, whatever is learnt elsewhere meanwhile.
+#[test]
+fn the_forecast_uses_what_the_record_says_of_the_switch() {
+    let Transition { next, effects } =
+        Migration::accept(job(), Token::generate(), CoordinatorId::generate(), Micros(0));
+    assert_eq!(next.fixed(), Fixed::default());
+    let known = Fixed { cost: Micros(300_000), moves: 3 };
+    let mut world = World::new(true, "write_protect");
+    let (step, effect) = effects[0];
+    let Success::Located(host, located, _) = world.perform(step, effect, &next).unwrap() else { panic!() };
+    let event = Event::Done(step, Success::Located(host, located, Some(known)));
+    let mut transition = next.step(event, Micros(1)).unwrap();
+    while transition.next.facts.convergence.is_none() {
+        let Some((step, effect)) = transition.effects.pop() else { panic!("pre-copy never ends") };
+        let success = world.perform(step, effect, &transition.next).unwrap();
+        let after = transition.next.step(Event::Done(step, success), Micros(1)).unwrap();
+        transition.next = after.next;
+        transition.effects.extend(after.effects);
+    }
+    let convergence = transition.next.facts.convergence.unwrap();
+    assert!(convergence.wanted > known.cost && convergence.forecast.downtime > known.cost, "{convergence:?}");
 }

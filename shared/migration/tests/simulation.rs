@@ -7,6 +7,7 @@
 
 use std::time::{Duration, Instant};
 
+use haulage_migration::fixed::FIXED;
 use haulage_migration::{ASSUMED_RATE, Decision, Why, allowance, decide, forecast, settle};
 use haulage_pages::adaptive::{self, Timeline};
 use haulage_pages::history::{Census, History};
@@ -156,8 +157,9 @@ impl Simulation {
         self.history.advance(&if first { RangeSet::new() } else { written });
         self.pending = self.pending.union(&dirty);
 
-        let rate = forecast(&self.rounds).rate.map(|rate| rate.0 as f64);
-        let pace = Pace { rate, allowance: allowance(&self.rounds, &self.options).0, last };
+        let rate = forecast(&self.rounds, FIXED).rate.map(|rate| rate.0 as f64);
+        let allowance = allowance(&self.rounds, &self.options, FIXED).0;
+        let pace = Pace { rate, allowance, last, ..Pace::default() };
         let (mut waiting, mut current) = (Census::default(), Census::default());
         self.history.tally(&self.pending, &mut waiting);
         let known = set((0..PAGES).filter(|page| self.world.known[*page as usize]));
@@ -193,7 +195,7 @@ impl Simulation {
         let elapsed = |world: &World| Micros((world.now * 1e6) as u64);
         loop {
             self.round(false);
-            match decide(&self.rounds, &[], &self.options, elapsed(&self.world)) {
+            match decide(&self.rounds, &[], &self.options, FIXED, elapsed(&self.world)) {
                 Decision::Again => {}
                 Decision::Freeze(_) => break,
                 Decision::Refuse(_) | Decision::SlowDown(_) => unreachable!("not asked for"),
@@ -204,7 +206,7 @@ impl Simulation {
         let why = loop {
             self.round(true);
             let settling = self.rounds.len() - before;
-            match settle(&self.rounds, settling, &[], &self.options, elapsed(&self.world)) {
+            match settle(&self.rounds, settling, &[], &self.options, FIXED, elapsed(&self.world)) {
                 Decision::Again => {}
                 Decision::Freeze(why) => break why,
                 Decision::Refuse(_) | Decision::SlowDown(_) => unreachable!("not asked for"),

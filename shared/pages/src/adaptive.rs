@@ -92,12 +92,12 @@ pub fn time_limit(pace: Pace, waiting: u64) -> Option<Duration> {
         _ if pace.last => None,
         None => Some(FIRST),
         // Twice what was planned: the rate may have fallen.
-        Some(rate) => Some(Duration::from_secs_f64((2.0 * seconds_of_a_round(rate, waiting)).min(1e6))),
+        Some(rate) => Some(Duration::from_secs_f64((2.0 * seconds_of_a_round(rate, waiting, pace)).min(1e6))),
     }
 }
 
-fn seconds_of_a_round(rate: f64, waiting: u64) -> f64 {
-    (waiting as f64 / rate.max(1.0) / PARTS).max(SHORTEST)
+fn seconds_of_a_round(rate: f64, waiting: u64, pace: Pace) -> f64 {
+    (waiting as f64 / rate.max(1.0) / PARTS).max(SHORTEST).max(pace.interval.as_secs_f64())
 }
 
 /// What a round sends of the pages of `waiting`; `current` are those that the target has.
@@ -119,7 +119,7 @@ pub fn quota(timeline: &Timeline, waiting: &Census, current: &Census, pace: Pace
         counts
     };
     let worth = worth_sending(&sorted(waiting), &sorted(current), rate, pace.allowance as f64);
-    let most = if pace.last { f64::INFINITY } else { rate * seconds_of_a_round(rate, total) };
+    let most = if pace.last { f64::INFINITY } else { rate * seconds_of_a_round(rate, total, pace) };
     let mut room = worth.min(most).ceil() as u64;
     // Coldest first.
     let mut order: Vec<(usize, Pattern, u64)> = waiting
@@ -212,6 +212,11 @@ mod tests {
         assert_eq!(quota.pages.iter().filter(|(_, pages)| *pages > 0).count(), 1);
         // One part in eight of what waits, a second's worth.
         assert!((9_000..12_000).contains(&quota.pages.total()), "{}", quota.pages.total());
+        // The next round will not come for three seconds.
+        let apart = Pace { interval: Duration::from_secs(3), ..pace };
+        let quota = super::quota(&timeline(&[1.0; 8]), &waiting, &Census::default(), apart);
+        assert!((29_000..32_000).contains(&quota.pages.total()), "{}", quota.pages.total());
+        assert_eq!(time_limit(apart, 80_000), Some(Duration::from_secs(6)));
     }
 
     #[test]
@@ -228,7 +233,7 @@ mod tests {
     #[test]
     fn below_the_allowance_only_what_is_likely_to_survive_is_sent() {
         let waiting = census(&[(0, 500), (0xff, 500)]);
-        let pace = Pace { rate: Some(1000.0), allowance: 1200, last: true };
+        let pace = Pace { rate: Some(1000.0), allowance: 1200, last: true, ..Pace::default() };
         let quota = quota(&timeline(&[0.1; 8]), &waiting, &Census::default(), pace);
         assert_eq!(quota.pages, census(&[(0, 500)]));
     }
@@ -243,7 +248,7 @@ mod tests {
             last: bool,
         ) {
             let (line, waiting) = (timeline(&intervals), census(&pages));
-            let pace = Pace { rate, allowance, last };
+            let pace = Pace { rate, allowance, last, ..Pace::default() };
             let quota = quota(&line, &waiting, &Census::default(), pace).pages;
             let class = |pattern| class_of(line.writes_per_second(pattern));
             let cut = quota.iter().zip(waiting.iter()).filter(|((_, sent), (_, waits))| sent < waits);

@@ -147,6 +147,7 @@ mod tests {
             rate,
             allowance,
             last,
+            ..Pace::default()
         })
     }
 

@@ -1,5 +1,7 @@
 //! Which dirty pages a round sends. A page that is withheld is sent at the end at the latest: the ledger owes it.
 
+use std::time::Duration;
+
 use crate::history::{self, Census, History};
 use crate::range::RangeSet;
 
@@ -29,6 +31,8 @@ pub struct Pace {
     pub allowance: u64,
     /// The freeze is next, so that nothing may be put off.
     pub last: bool,
+    /// The next round begins no sooner after the beginning of this one: it may send for as long.
+    pub interval: Duration,
 }
 
 /// How many pages of each pattern a round may send.

@@ -54,7 +54,7 @@ impl Move {
 
     fn round(&mut self) -> RoundReport {
         let store = &mut self.store;
-        let pace = Pace { rate: Some(20_000.0), allowance: 100, last: false };
+        let pace = Pace { rate: Some(20_000.0), allowance: 100, ..Pace::default() };
         self.source.round(pace, &mut |batch| into(store, &batch)).unwrap()
     }
 

@@ -43,7 +43,7 @@ pub enum What {
     Round {
         /// Its figures.
         report: RoundReport,
-        /// The predicted time to send what is left, if the container were frozen now.
+        /// The predicted downtime, if the container were frozen now.
         predicted: Micros,
     },
     /// Something failed: the migration is being undone.

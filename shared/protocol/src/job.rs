@@ -43,6 +43,13 @@ pub struct Options {
     pub deadline_ms: Option<u64>,
     /// The most pre-copy rounds.
     pub max_rounds: Option<u32>,
+    /// The least time, in milliseconds, between the beginnings of two rounds of pre-copy. The few rounds between the
+    /// preparation of the target and the freeze do not keep it. At most [`MAX_ROUND_INTERVAL_MS`].
+    pub round_interval_ms: u64,
+    /// What write tracking may cost the container, in percent (1 to 100) of one processor's time: rounds are put apart, up
+    /// to a second, until it is no more. 100 is no bound. Not kept by the rounds before the freeze, by `phaul`, and
+    /// by rounds that get nowhere where a downtime and a deadline must be kept.
+    pub max_tax_percent: u8,
     /// Slow the container down when it writes faster than its memory can be sent.
     pub auto_converge: bool,
     /// The longest time, in milliseconds, that the container may stand still before the target is asked to restore it;
@@ -53,6 +60,13 @@ pub struct Options {
     /// How pages and files travel.
     pub transfer: Transfer,
 }
+
+/// The longest interval between rounds, in milliseconds, and what a longer one is taken for: a cancellation waits for the
+/// round that is under way, its pause included.
+pub const MAX_ROUND_INTERVAL_MS: u64 = 10_000;
+
+/// The tax that is allowed when none is given, in percent.
+pub const TAX: u8 = 5;
 
 /// The downtime that is aimed at when none is asked for.
 pub const DOWNTIME: Micros = Micros(150_000);
@@ -72,6 +86,8 @@ impl Default for Options {
             max_downtime_ms: None,
             deadline_ms: None,
             max_rounds: None,
+            round_interval_ms: 0,
+            max_tax_percent: TAX,
             auto_converge: false,
             max_frozen_ms: 60_000,
             shared_binds: Vec::new(),

@@ -30,6 +30,7 @@ pub mod fault;
 pub mod host;
 pub mod id;
 pub mod job;
+pub mod lease;
 pub mod page_shipper;
 pub mod policy;
 pub mod restorer;

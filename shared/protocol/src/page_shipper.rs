@@ -87,6 +87,9 @@ pub struct RunRound {
     /// How long to wait before it begins.
     #[serde(default)]
     pub pause: Micros,
+    /// The next one begins no sooner after this one's beginning: it may as well send for as long.
+    #[serde(default)]
+    pub interval: Micros,
 }
 
 /// The answer to [`RunRound`], and what the record keeps of a round.
@@ -152,7 +155,8 @@ impl AddAssign for Encoding {
 }
 
 /// Source role: follows a container's writes for a while and sends nothing. It runs on; what it writes costs it what a
-/// few rounds of pre-copy would. Nothing is left afterwards, whatever happens.
+/// few rounds of pre-copy would. Nothing is left afterwards, whatever happens. Refused (`lease_held`) while a migration
+/// tracks the container, and given up when one begins to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SampleWrites {
     /// The file that lists the processes of the container's cgroup.
@@ -179,6 +183,45 @@ pub struct WriteClass {
     pub pages: Pages,
     /// How often each is written, in a thousand seconds; 0 for one that was not seen written.
     pub writes: u64,
+}
+
+/// Target role: makes a sink for a measurement of the link and lets one source in. What comes is counted and dropped;
+/// the sink goes by itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenSink {
+    /// What the source must present.
+    pub token: Token,
+}
+
+/// The answer to [`OpenSink`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SinkOpened {
+    /// Where the source connects to: `address:port`.
+    pub address: String,
+}
+
+/// Source role: sends to a sink for some tenths of a second what cannot be packed, on one connection and as fast as it
+/// goes, at most [`PROBE_BYTES`]. No container is touched.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MeasureLink {
+    /// The sink's address.
+    pub address: String,
+    /// The sink's token.
+    pub token: Token,
+}
+
+/// The most that a measurement of the link sends.
+pub const PROBE_BYTES: Bytes = Bytes(64 << 20);
+
+/// The answer to [`MeasureLink`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkMeasured {
+    /// Bytes that the link takes in a second.
+    pub rate: Bytes,
+    /// Bytes that were sent to find out.
+    pub sent: Bytes,
+    /// How long that took.
+    pub took: Micros,
 }
 
 /// Source role: the last round, with the container frozen. Afterwards the target holds exactly the pages that
@@ -208,6 +251,8 @@ pub struct PagesClosed {}
 rpc!(OpenPages, PageShipper, "open", PagesOpened);
 rpc!(StartTracking, PageShipper, "start", TrackingStarted);
 rpc!(SampleWrites, PageShipper, "sample", WritesSampled);
+rpc!(OpenSink, PageShipper, "open-sink", SinkOpened);
+rpc!(MeasureLink, PageShipper, "measure", LinkMeasured);
 rpc!(RunRound, PageShipper, "round", RoundReport);
 rpc!(FinalRound, PageShipper, "final-round", FinalReport);
 rpc!(ClosePages, PageShipper, "close", PagesClosed);

@@ -25,6 +25,8 @@ pub const MIGRATIONS: &str = "HAUL_MIGRATIONS";
 pub const LEASES: &str = "HAUL_LEASES";
 /// The KV bucket of migrations that are over but left something behind; key: the migration's id, value: its phase.
 pub const LEFTOVERS: &str = "HAUL_LEFTOVERS";
+/// The KV bucket of what switches have cost, whose entries expire; key: [`cost_key`].
+pub const COSTS: &str = "HAUL_COSTS";
 /// The KV bucket of hosts, whose entries expire; key: [`presence_key`].
 pub const HOSTS: &str = "HAUL_HOSTS";
 
@@ -71,6 +73,12 @@ pub fn command_prefix(host: &HostId, service: Service) -> String {
 #[must_use]
 pub fn presence_key(host: &HostId, service: Service) -> String {
     format!("{host}.{service}")
+}
+
+/// The key of what moves from one host to another have cost. Ids of hosts have no dots.
+#[must_use]
+pub fn cost_key(from: &HostId, to: &HostId) -> String {
+    format!("{from}.{to}")
 }
 
 /// The key of a container's lease.

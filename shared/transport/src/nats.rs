@@ -13,6 +13,8 @@ pub const HEARTBEAT: Duration = Duration::from_millis(1500);
 pub const PRESENCE_LASTS: Duration = Duration::from_secs(15);
 /// How often a service renews it.
 pub const PRESENCE_EVERY: Duration = Duration::from_secs(4);
+/// How long what a switch has cost counts, since the last one.
+const COSTS_COUNT: Duration = Duration::from_secs(30 * 24 * 3600);
 /// For how long events are kept.
 const EVENTS_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
 
@@ -109,6 +111,7 @@ impl Nats {
             (subject::MIGRATIONS, Duration::ZERO),
             (subject::LEASES, Duration::ZERO),
             (subject::LEFTOVERS, Duration::ZERO),
+            (subject::COSTS, COSTS_COUNT),
             (subject::HOSTS, PRESENCE_LASTS),
         ] {
             if self.jetstream.get_key_value(bucket).await.is_ok() {

@@ -198,6 +198,8 @@ pub struct Cell {
     pub link: Link,
     /// What moves.
     pub workload: Workload,
+    /// What `haul migrate` is told besides.
+    pub haul: &'static [&'static str],
     /// Who moves it.
     pub contenders: Vec<Contender>,
     /// No run is begun when the cell has taken so long.

@@ -28,6 +28,8 @@ pub const POLICIES: [&str; 4] = ["hot5-0.5", "hot20-0.5", "hot5-0.9", "hot20-0.9
 pub const READ_MOSTLY: [&str; 3] = [FIXED, "grow-1g", "grow-4g"];
 /// A Redis whose one client never pauses.
 pub const TAX: &str = "redis-tax";
+/// Rounds a second apart, and a downtime that no switch keeps, so that there are some of them.
+const A_ROUND_A_SECOND: &[&str] = &["--round-interval", "1000", "--max-downtime", "1"];
 /// Nothing but the page path limits the first round.
 pub const UNSHAPED: &str = "unshaped-1g";
 
@@ -57,7 +59,8 @@ fn cell(
     contenders: &[(Engine, u32)],
 ) -> Cell {
     let contenders = contenders.iter().map(|(engine, runs)| Contender { engine: *engine, runs: *runs });
-    Cell { name, link, workload, contenders: contenders.collect(), limit: Duration::from_secs(limit) }
+    let limit = Duration::from_secs(limit);
+    Cell { name, link, workload, haul: &[], contenders: contenders.collect(), limit }
 }
 
 fn idle(name: &'static str, link: Link, mebibytes: u64, limit: u64, contenders: &[(Engine, u32)]) -> Cell {
@@ -103,7 +106,7 @@ pub fn full() -> Plan {
         idle(grow_1g, TEN_GIGABIT, 1024, 150, &[(HAUL, 10), (Engine::Runc, 3)]),
         hot(hot5_half, 50, 0.5, &every_policy),
         hot(hot20_half, 200, 0.5, &policies),
-        redis(TAX, 256, RedisLoad::Incr, 90, &[(HAUL, 10)]),
+        Cell { haul: A_ROUND_A_SECOND, ..redis(TAX, 256, RedisLoad::Incr, 180, &[(HAUL, 10)]) },
         idle(UNSHAPED, Link::Unshaped, 1024, 90, &[(HAUL, 10)]),
         hot(hot5_most, 50, 0.9, &policies),
         hot(hot20_most, 200, 0.9, &policies),

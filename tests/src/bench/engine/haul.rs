@@ -47,12 +47,17 @@ pub(super) struct Haul<'f> {
     place: Place<'f>,
     host: usize,
     policy: Option<&'static str>,
+    options: &'static [&'static str],
 }
 
 impl<'f> Haul<'f> {
-    pub(super) fn start(place: Place<'f>, policy: Option<&'static str>) -> Result<Self> {
+    pub(super) fn start(
+        place: Place<'f>,
+        policy: Option<&'static str>,
+        options: &'static [&'static str],
+    ) -> Result<Self> {
         place.run()?;
-        Ok(Self { place, host: 0, policy })
+        Ok(Self { place, host: 0, policy, options })
     }
 }
 
@@ -78,7 +83,7 @@ impl Subject for Haul<'_> {
         let name = self.place.name();
         let mut command = fleet.haul_command()?;
         command.args(["migrate", &name, "--from", fleet.host(self.host).name()]);
-        command.args(["--to", fleet.host(to).name(), "--wait", "--json"]);
+        command.args(["--to", fleet.host(to).name(), "--wait", "--json"]).args(self.options);
         if let Some(policy) = self.policy {
             command.args(["--policy", policy]);
         }
@@ -122,6 +127,7 @@ fn read(record: Value) -> Result<Moved> {
         let sent = round.get("sent")?.as_u64()?.saturating_sub(zero);
         Some(figure(sent * 4096) / (figure(round.get("took")?.as_u64()?) / 1e6))
     });
+    let pre_copy = entered("pre_copy").zip(entered("prepare"));
     Ok(Moved {
         total: millis(committed.saturating_sub(began)),
         freeze: number("/freeze/total").map(millis),
@@ -129,9 +135,21 @@ fn read(record: Value) -> Result<Moved> {
         pages: number("/facts/last_round/total").map(|total| total.saturating_sub(zero)),
         rounds: rounds.and_then(|all| u64::try_from(all.len()).ok()),
         page_path,
-        pre_copy: entered("pre_copy").zip(entered("freeze")),
+        pre_copy,
+        pace: pre_copy.and_then(|window| pace(&record, window)),
         report: record,
     })
+}
+
+/// Rounds a second, of those that were begun in this time.
+fn pace(record: &Value, (from, to): (u64, u64)) -> Option<f64> {
+    let spans = record.get("spans")?.as_array()?;
+    let rounds = spans.iter().filter(|span| {
+        let began = span.get("from").and_then(Value::as_u64);
+        span.pointer("/effect/run_round").is_some() && began.is_some_and(|began| (from..to).contains(&began))
+    });
+    let seconds = figure(to.checked_sub(from).filter(|lasted| *lasted > 0)?) / 1e6;
+    Some(figure(u64::try_from(rounds.count()).ok()?) / seconds)
 }
 
 fn millis(micros: u64) -> f64 {
@@ -156,7 +174,11 @@ mod tests {
     #[test]
     fn a_record_gives_its_figures() {
         let record = json!({
-            "began": 1_000_000, "phases": [["pre_copy", 1_100_000], ["freeze", 1_400_000], ["commit", 2_500_000]],
+            "began": 1_000_000, "phases": [["pre_copy", 1_100_000], ["prepare", 1_400_000], ["commit", 2_500_000]],
+            "spans": [
+                { "effect": { "run_round": 0 }, "from": 1_100_000 }, { "effect": "prepare", "from": 1_400_000 },
+                { "effect": { "run_round": 1 }, "from": 1_350_000 }, { "effect": { "run_round": 2 }, "from": 1_500_000 },
+            ],
             "freeze": { "total": 80_000, "dump": 30_000 },
             "facts": { "rounds": [{ "zero": 24, "sent": 1024, "took": 500_000 }, { "zero": 9 }], "last_round": { "total": 1024 } },
         });
@@ -167,6 +189,7 @@ mod tests {
         );
         assert_eq!(moved.split, [("dump".to_owned(), 30.0)]);
         assert_eq!(moved.pre_copy, Some((1_100_000, 1_400_000)));
+        assert_eq!(moved.pace, Some(2.0 / 0.3));
         assert_eq!(moved.page_path, Some(1000.0 * 4096.0 / 0.5));
         assert!(read(json!({ "began": 1 })).is_err());
     }

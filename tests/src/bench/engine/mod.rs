@@ -38,8 +38,10 @@ pub struct Moved {
     pub rounds: Option<u64>,
     /// Bytes per second in the first round of pre-copy, which sends all memory.
     pub page_path: Option<f64>,
-    /// When pre-copy began and ended, in microseconds since 1970.
+    /// When pre-copy began and ended, in microseconds since 1970: the rounds before the target is prepared.
     pub pre_copy: Option<(u64, u64)>,
+    /// Rounds a second in that time.
+    pub pace: Option<f64>,
     /// The engine's whole report.
     #[serde(skip)]
     pub report: Value,
@@ -82,7 +84,7 @@ pub trait Subject {
 pub fn start<'f>(fleet: &'f Fleet, cell: &Cell, engine: Engine, index: u8) -> Result<Box<dyn Subject + 'f>> {
     let place = Place { fleet, index, program: Program::of(&cell.workload) };
     Ok(match engine {
-        Engine::Haul(policy) => Box::new(haul::Haul::start(place, policy)?),
+        Engine::Haul(policy) => Box::new(haul::Haul::start(place, policy, cell.haul)?),
         Engine::Runc => Box::new(runc::Runc::start(place)?),
         Engine::Docker => Box::new(docker::Docker::start(place)?),
         Engine::Podman => bail!("the benchmark has no way to drive podman yet"),
