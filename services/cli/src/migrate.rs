@@ -31,6 +31,7 @@ pub(crate) async fn run(nats: &Nats, wanted: args::Migrate) -> Result<(), Failur
             deadline_ms: wanted.deadline.map(|seconds| seconds.saturating_mul(1000)),
             max_rounds: wanted.max_rounds,
             auto_converge: wanted.auto_converge,
+            post_copy: wanted.post_copy,
             max_frozen_ms: wanted.max_frozen.saturating_mul(1000),
             shared_binds: wanted.shared,
             transfer: Transfer {

@@ -2,8 +2,10 @@
 //! store. It does not decide when to stop: the coordinator asks for each round.
 
 mod arrival;
+mod debt;
 mod failure;
 mod lanes;
+mod relay;
 mod sample;
 mod source;
 mod target;
@@ -37,6 +39,8 @@ pub(crate) struct PageShipper {
     config: HostConfig,
     arrivals: Arrivals,
     sources: Mutex<HashMap<MigrationId, source::Session>>,
+    /// What containers that run on their targets are still owed.
+    debts: Mutex<HashMap<MigrationId, debt::Debt>>,
 }
 
 /// Registers the verbs.
@@ -50,7 +54,8 @@ pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>
     haulage_sys::process::keep_freed_memory(KEPT);
     let arrivals = Arrivals::bind(&shell.config, CARGO).await?;
     shell.facts.insert("pages".to_owned(), arrivals.address().to_string());
-    let service = Arc::new(PageShipper { config: shell.config.clone(), arrivals, sources: Mutex::default() });
+    let (config, sources, debts) = (shell.config.clone(), Mutex::default(), Mutex::default());
+    let service = Arc::new(PageShipper { config, arrivals, sources, debts });
     let server = &mut shell.server;
     let s = service.clone();
     server.answer::<OpenPages, _, _>(move |at, ask| target::open(s.clone(), at.migration, ask)).await?;
@@ -60,7 +65,9 @@ pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>
     let s = service.clone();
     server.answer::<RunRound, _, _>(move |at, ask| source::round(s.clone(), at.migration, ask)).await?;
     let s = service.clone();
-    server.answer::<FinalRound, _, _>(move |at, _| source::final_round(s.clone(), at.migration)).await?;
+    server
+        .answer::<FinalRound, _, _>(move |at, ask| source::final_round(s.clone(), at.migration, ask))
+        .await?;
     server.answer::<ClosePages, _, _>(move |at, _| close(service.clone(), at.migration)).await?;
     Ok(())
 }
@@ -68,8 +75,13 @@ pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>
 /// Ends whatever this host has of the migration's memory.
 async fn close(service: Arc<PageShipper>, migration: MigrationId) -> Result<PagesClosed, Fault> {
     let source = service.sources.lock().unwrap_or_else(PoisonError::into_inner).remove(&migration);
+    let debt = service.debts.lock().unwrap_or_else(PoisonError::into_inner).remove(&migration);
+    let owing = match debt {
+        Some(debt) => Some(debt.call_off(&migration).await),
+        None => None,
+    };
     // Closing the trackers' descriptors makes the kernel walk the page tables.
-    let dropped = tokio::task::spawn_blocking(move || drop(source)).await;
+    let dropped = tokio::task::spawn_blocking(move || drop((source, owing))).await;
     dropped.map_err(fault(STORE))?;
     service.arrivals.close(&migration).await;
     target::remove_store(service.clone(), migration.clone()).await?;

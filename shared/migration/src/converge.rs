@@ -8,6 +8,8 @@
 //!  no longer falls, and no deadline to wait for ───────────► freeze (stalled)
 //!  deadline passed, or rounds used up ──┬─ downtime given ─► refuse: cannot_converge
 //!                                       └─ not given ──────► freeze
+//!
+//!  with --post-copy, instead of a freeze that does not fit, or a refusal ─► freeze, and the rest follows (post-copy)
 //! ```
 //! What is left is counted by the source after each round: pages held back, and pages written since they were sent.
 
@@ -99,6 +101,8 @@ pub enum Decision {
     SlowDown(u8),
     /// On to the freeze.
     Freeze(Why),
+    /// On to the freeze, with what is left to follow when the container runs on the target.
+    PostCopy(Why),
     /// The downtime that was asked for cannot be kept: give up, with the container untouched.
     Refuse(Why),
 }
@@ -123,6 +127,9 @@ pub struct Convergence {
     pub forecast: Forecast,
     /// The downtime that was aimed at.
     pub wanted: Micros,
+    /// What is left does not go in the freeze: it follows when the container runs on the target.
+    #[serde(default)]
+    pub post_copy: bool,
 }
 
 /// What the rounds say of the freeze.
@@ -279,8 +286,10 @@ fn out_of_bounds(rounds: &[RoundReport], options: &Options, elapsed: Micros) -> 
 fn give_up(options: &Options, elapsed: Micros, why: Why) -> Decision {
     let strict = options.deadline_ms.is_some() && options.max_downtime_ms.is_some();
     match why {
+        Why::Stalled if strict && !is_late(options, elapsed) && is_possible(options) => Decision::Again,
+        // What the switch alone exceeds, post-copy exceeds too.
+        _ if options.post_copy && (is_possible(options) || !strict) => Decision::PostCopy(why),
         _ if !strict => Decision::Freeze(why),
-        Why::Stalled if !is_late(options, elapsed) && is_possible(options) => Decision::Again,
         _ => Decision::Refuse(why),
     }
 }

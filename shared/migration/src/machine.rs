@@ -248,9 +248,9 @@ impl Migration {
             let effects = match self.following(now) {
                 Following::Stay(effect) => vec![self.ask(effect, now)],
                 Following::Enter(phase) => self.enter(phase, now),
-                Following::Converged(why, phase) => {
-                    self.facts.convergence = Some(self.convergence(why));
-                    self.enter(phase, now)
+                Following::Converged { why, post_copy, on } => {
+                    self.facts.convergence = Some(Convergence { post_copy, ..self.convergence(why) });
+                    self.enter(on, now)
                 }
                 Following::Refuse(why) => {
                     self.refuse(why);
@@ -289,6 +289,8 @@ impl Migration {
                 let decision = decide(rounds, slowdowns, &self.job.options, self.pre_copied(now));
                 self.decided(decision, Phase::Prepare)
             }
+            // What is written meanwhile follows too.
+            Phase::Prepare if self.is_post_copy() => Enter(Phase::Freeze),
             Phase::Prepare => Enter(Phase::Settle),
             Phase::Settle if !self.is_tracked() => Enter(Phase::Freeze),
             Phase::Settle => {
@@ -315,13 +317,15 @@ impl Migration {
         match decision {
             Decision::Again => Following::Stay(Effect::RunRound(self.next_round())),
             Decision::SlowDown(keep) => Following::Stay(Effect::Throttle(keep)),
-            Decision::Freeze(why) => Following::Converged(why, on),
+            Decision::Freeze(why) => Following::Converged { why, post_copy: false, on },
+            Decision::PostCopy(why) => Following::Converged { why, post_copy: true, on },
             Decision::Refuse(why) => Following::Refuse(why),
         }
     }
 
     fn convergence(&self, why: Why) -> Convergence {
-        Convergence { why, forecast: forecast(&self.facts.rounds), wanted: self.job.options.downtime() }
+        let (forecast, wanted) = (forecast(&self.facts.rounds), self.job.options.downtime());
+        Convergence { why, forecast, wanted, post_copy: false }
     }
 
     /// The container has not been touched: what is undone is the target's.
@@ -330,7 +334,8 @@ impl Migration {
         let (predicted, wanted) = (convergence.forecast.downtime, convergence.wanted);
         self.facts.convergence = Some(convergence);
         let message = format!("the container would stand still for {predicted}, not for {wanted}, and {why}");
-        let remedy = "allow more with --max-downtime or --deadline, or slow it down with --auto-converge";
+        let remedy = "allow more with --max-downtime or --deadline, slow it down with --auto-converge, or let it run \
+                      on the target before it has its memory, with the risk of --post-copy";
         self.fault.get_or_insert(Fault::new(code::CANNOT_CONVERGE, message).remedy(remedy));
     }
 
@@ -435,8 +440,12 @@ impl Migration {
 enum Following {
     Stay(Effect),
     Enter(Phase),
-    /// As `Enter`, at the end of pre-copy.
-    Converged(Why, Phase),
+    /// Enter `on`, at the end of pre-copy.
+    Converged {
+        why: Why,
+        post_copy: bool,
+        on: Phase,
+    },
     /// The downtime cannot be kept.
     Refuse(Why),
 }

@@ -196,6 +196,12 @@ impl Migration {
         began.map_or(Micros(0), |(_, at)| now.since(*at))
     }
 
+    /// Whether the container is to run on the target before all its memory is there.
+    #[must_use]
+    pub fn is_post_copy(&self) -> bool {
+        self.facts.convergence.is_some_and(|convergence| convergence.post_copy)
+    }
+
     /// Rounds that have ended since the target was prepared.
     #[must_use]
     pub fn settled(&self) -> usize {
