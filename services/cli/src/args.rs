@@ -64,7 +64,8 @@ pub(crate) enum Verb {
   haul migrate web-1 --to host-b
   haul migrate web-1 --from host-a --to host-b --max-downtime 50
   haul migrate web-1 --to host-b --shared /mnt/nfs     a bind mount that both hosts have
-  haul migrate web-1 --to host-b --bandwidth 50MB/s    leave the rest of the link to others")]
+  haul migrate web-1 --to host-b --bandwidth 50MB/s    leave the rest of the link to others
+  haul migrate db-1 --to host-b --max-downtime 300 --deadline 60 --post-copy    whatever it writes; mind the risk")]
 pub(crate) struct Migrate {
     /// The container: its name, its id, or a unique beginning of its id.
     pub(crate) container: String,
@@ -90,6 +91,14 @@ pub(crate) struct Migrate {
     /// time back when it is frozen, and in any case at the end.
     #[arg(long)]
     pub(crate) auto_converge: bool,
+    /// Where the downtime cannot be kept (by the --deadline, or else when more rounds no longer help), neither refuse nor
+    /// let the container stand still for longer: run it on the target before it has its memory, which it gets from the
+    /// frozen source while it runs. RISK: until it has all of it, the loss of the source host, of its page-shipper, or of
+    /// the link for more than some 20 s ends the copy on the target. The container then goes on from the freeze, if its
+    /// host is there: whatever it has done since, also what its clients were told, is lost. Has no effect with --policy
+    /// phaul, and where writes cannot be tracked.
+    #[arg(long)]
+    pub(crate) post_copy: bool,
     /// The most pre-copy rounds [default: as many as help]
     #[arg(long, value_name = "N")]
     pub(crate) max_rounds: Option<u32>,
@@ -224,6 +233,7 @@ mod tests {
         assert!(Args::try_parse_from(["haul", "migrate", "web", "--to", "host.b"]).is_err());
         assert!(Args::try_parse_from(["haul", "migrate", "web", "--to", "b", "--wait", "--detach"]).is_err());
         assert!(Args::try_parse_from(["haul", "migrate", "web", "--to", "b"]).is_ok());
+        assert!(Args::try_parse_from(["haul", "migrate", "web", "--to", "b", "--post-copy"]).is_ok());
         let policy =
             |policy| Args::try_parse_from(["haul", "migrate", "web", "--to", "b", "--policy", policy]);
         assert!(policy("history:5,3").is_ok() && policy("phaul").is_ok() && policy("history:3,5").is_err());

@@ -34,6 +34,7 @@ pub(crate) async fn run(nats: &Nats, wanted: args::Migrate) -> Result<(), Failur
             round_interval_ms: wanted.round_interval,
             max_tax_percent: wanted.max_tax,
             auto_converge: wanted.auto_converge,
+            post_copy: wanted.post_copy,
             max_frozen_ms: wanted.max_frozen.saturating_mul(1000),
             shared_binds: wanted.shared,
             transfer: Transfer {

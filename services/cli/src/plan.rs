@@ -183,7 +183,7 @@ impl fmt::Display for Report {
         )?;
         for (policy, plan) in plans {
             let end = match (plan.refused, plan.why) {
-                (true, _) => "would be refused: cannot_converge".to_owned(),
+                (true, _) => "would be refused: cannot_converge; see --post-copy".to_owned(),
                 (_, Some(why)) => why.to_string(),
                 (_, None) => "does not end".to_owned(),
             };

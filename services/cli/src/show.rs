@@ -128,7 +128,7 @@ fn write_memory(out: &mut String, record: &Migration) -> std::fmt::Result {
         writeln!(out, "  slowed down to {keep} % of its processor time after {after} rounds")?;
     }
     if let Some(convergence) = &record.facts.convergence {
-        let Convergence { why, forecast, wanted } = convergence;
+        let Convergence { why, forecast, wanted, post_copy } = convergence;
         let rate = forecast.rate.map_or("assumed".to_owned(), |rate| format!("measured, {}/s", rate.bytes()));
         writeln!(
             out,
@@ -136,10 +136,16 @@ fn write_memory(out: &mut String, record: &Migration) -> std::fmt::Result {
             forecast.downtime, forecast.left.0
         )?;
         writeln!(out, "  of which the switch itself: {}", record.fixed())?;
+        if *post_copy {
+            writeln!(out, "  post-copy: what is left follows when the container runs on the target")?;
+        }
     }
     for last in last {
         let sent: Bytes = record.facts.rounds.iter().chain([&last.round]).map(|round| round.wire).sum();
         writeln!(out, "  {} pages ({}) exist, {sent} sent in all", last.total.0, last.total.bytes())?;
+        if last.owed.0 > 0 {
+            writeln!(out, "  {} of them ({}) were owed at the freeze", last.owed.0, last.owed.bytes())?;
+        }
     }
     let mut encoding = Encoding::default();
     let rounds = record.facts.rounds.iter().chain(record.facts.last_round.iter().map(|last| &last.round));
@@ -215,6 +221,10 @@ fn write_freeze(out: &mut String, record: &Migration) -> std::fmt::Result {
             "memory complete {} after its start: {demanded} pages for {waited} that were waited for, {rest} in the background",
             filled.took
         )?;
+        let (pulled, pushed) = (filled.pulled.0, filled.pushed.0);
+        if pulled + pushed > 0 {
+            writeln!(out, "post-copy: of what was owed, {pulled} pages came on demand and {pushed} unasked")?;
+        }
     }
     Ok(())
 }

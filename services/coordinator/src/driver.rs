@@ -254,6 +254,10 @@ async fn insist(
         tries += 1;
         let fault = match perform::perform(coordinator, record, step, effect).await {
             Ok(success) => return Ok(success),
+            // It has waited for as long as it may.
+            Err(fault) if persistence == Persistence::FindOut && fault.code == code::MEMORY_INCOMPLETE => {
+                continue;
+            }
             Err(fault) => fault,
         };
         let again = match persistence {

@@ -129,7 +129,9 @@ pub(crate) async fn perform(
             let network = record.facts.prepared.map(|prepared| prepared.network).unwrap_or_default();
             ask.source(Dump { container: ask.container()?.clone(), network }).await.map(Success::Dumped)
         }
-        Effect::FinalRound => ask.source(FinalRound {}).await.map(Success::Final),
+        Effect::FinalRound => {
+            ask.source(FinalRound { post_copy: record.is_post_copy() }).await.map(Success::Final)
+        }
         Effect::Restore => {
             let container = ask.created()?.container.clone();
             ask.target(Restore { container, store: ask.pages()?.store.clone() }).await.map(Success::Restored)

@@ -22,6 +22,8 @@ mod arrival;
 mod failure;
 #[path = "../src/lanes.rs"]
 mod lanes;
+#[path = "../src/relay.rs"]
+mod relay;
 #[path = "../src/wire.rs"]
 mod wire;
 

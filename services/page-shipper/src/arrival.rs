@@ -5,24 +5,28 @@
 //!  further ones     ══► BATCH ─┴─► queue ───────┴─► decode ─┴─► store
 //!  first connection ══► COMPLETE: waits until that many batches are stored; then whatever follows
 //! ```
-//! Batches of a round come in any order. The store itself refuses one of an earlier round.
+//! Batches of a round come in any order. The store itself refuses one of an earlier round. Batches that come after the
+//! store was sealed with pages owed go to the page server as they are ([`crate::relay`]).
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use haulage_pages::frame::Batch;
+use haulage_pages::link;
 use haulage_pages::manifest::{FinalManifest, ManifestBuilder};
 use haulage_pages::target::{FinishReport, TargetEngine, TargetError};
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::unit::Pages;
 use haulage_service::bulk::{Receive, send_now, stream};
 use haulage_transport::stream::{BulkConnection, BulkSession};
+use tokio::net::UnixListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::failure::{STORE, fault, not_stored};
+use crate::relay::Relay;
 use crate::wire::{
-    BATCH, COMPLETE, FINISH, FINISHED, Finished, MANIFEST, NAMED, OK, ROUND_END, out_of_place,
+    BATCH, COMPLETE, FINISH, FINISHED, Finished, MANIFEST, NAMED, OK, OWED, ROUND_END, out_of_place,
 };
 
 /// Batches (a MiB each, at most 4) that wait to be decoded.
@@ -39,16 +43,24 @@ pub(crate) struct Arrival {
 
 /// What all connections of a session share.
 struct Hall {
-    /// None once it is sealed.
-    engine: Mutex<Option<TargetEngine>>,
+    way: Mutex<Way>,
     /// Batches that are stored.
     stored: watch::Sender<u64>,
+}
+
+/// Where batches go.
+enum Way {
+    Store(TargetEngine),
+    /// It is sealed.
+    Closed,
+    /// It is sealed, and the page server waits for what is owed.
+    Server(mpsc::Sender<Bytes>),
 }
 
 impl Receive for Arrival {
     async fn receive(self, connection: &mut BulkConnection) -> Result<(), Fault> {
         let Self { engine, mut more } = self;
-        let hall = Arc::new(Hall { engine: Mutex::new(Some(engine)), stored: watch::Sender::new(0) });
+        let hall = Arc::new(Hall { way: Mutex::new(Way::Store(engine)), stored: watch::Sender::new(0) });
         let (batches, waiting) = mpsc::channel(BATCHES_AHEAD);
         let waiting = Arc::new(Mutex::new(waiting));
         let mut decoders = JoinSet::new();
@@ -116,6 +128,15 @@ impl Hall {
     fn take_in(&self, waiting: &Mutex<mpsc::Receiver<Bytes>>) -> Result<(), Fault> {
         loop {
             let Some(bytes) = locked(waiting).blocking_recv() else { return Ok(()) };
+            let server = match &*locked(&self.way) {
+                Way::Server(server) => Some(server.clone()),
+                Way::Store(_) | Way::Closed => None,
+            };
+            if let Some(server) = server {
+                // A page server that takes no more has all that it wants, or has died, which the restorer sees.
+                let _ = server.blocking_send(bytes);
+                continue;
+            }
             let batch = Batch::decode(&bytes).map_err(fault(STORE))?;
             self.with(|engine| engine.store(&batch))?;
             self.stored.send_modify(|count| *count = count.saturating_add(1));
@@ -123,9 +144,10 @@ impl Hall {
     }
 
     fn with<T>(&self, work: impl FnOnce(&mut TargetEngine) -> Result<T, TargetError>) -> Result<T, Fault> {
-        let mut engine = locked(&self.engine);
-        let engine = engine.as_mut().ok_or_else(|| Fault::new(code::OUT_OF_ORDER, "the store is sealed"))?;
-        work(engine).map_err(|error| not_stored(&error))
+        match &mut *locked(&self.way) {
+            Way::Store(engine) => work(engine).map_err(|error| not_stored(&error)),
+            Way::Closed | Way::Server(_) => Err(sealed()),
+        }
     }
 
     /// The first connection, in the order in which it comes.
@@ -134,7 +156,7 @@ impl Hall {
         connection: &mut BulkConnection,
         batches: mpsc::Sender<Bytes>,
     ) -> Result<(), Fault> {
-        let mut manifest = ManifestBuilder::default();
+        let (mut manifest, mut owed) = (ManifestBuilder::default(), ManifestBuilder::default());
         while let Some(frame) = connection.recv().await.map_err(|error| stream(&error))? {
             match frame.kind {
                 BATCH => {
@@ -150,13 +172,19 @@ impl Hall {
                 }
                 ROUND_END => send_now(connection, OK, Bytes::new()).await?,
                 MANIFEST => manifest.push(&frame.payload).map_err(fault(code::MALFORMED))?,
+                OWED => owed.push(&frame.payload).map_err(fault(code::MALFORMED))?,
                 FINISH => {
                     let manifest = std::mem::take(&mut manifest).finish().map_err(fault(code::MALFORMED))?;
-                    let FinishReport { pages, dropped_pages, .. } =
-                        tokio::task::block_in_place(|| self.finish(&manifest))?;
+                    let owed = std::mem::take(&mut owed).finish().map_err(fault(code::MALFORMED))?;
+                    let (report, relay) = tokio::task::block_in_place(|| self.finish(&manifest, &owed))?;
+                    let FinishReport { pages, dropped_pages, .. } = report;
                     let finished = Finished { pages: Pages(pages), dropped: Pages(dropped_pages) };
                     let payload = serde_json::to_vec(&finished).map_err(fault(code::INTERNAL))?;
-                    return send_now(connection, FINISHED, payload.into()).await;
+                    send_now(connection, FINISHED, payload.into()).await?;
+                    return match relay {
+                        Some(relay) => relay.run(connection, batches).await,
+                        None => Ok(()),
+                    };
                 }
                 other => return Err(out_of_place(other)),
             }
@@ -176,11 +204,29 @@ impl Hall {
         Ok(())
     }
 
-    fn finish(&self, manifest: &FinalManifest) -> Result<FinishReport, Fault> {
-        let engine = locked(&self.engine).take();
-        let engine = engine.ok_or_else(|| Fault::new(code::OUT_OF_ORDER, "the store is sealed"))?;
-        engine.finish(manifest).map_err(|error| not_stored(&error))
+    /// Seals the store. With pages owed, what comes from here on goes to the page server.
+    fn finish(
+        &self,
+        manifest: &FinalManifest,
+        owed: &FinalManifest,
+    ) -> Result<(FinishReport, Option<Relay>), Fault> {
+        let mut way = locked(&self.way);
+        let Way::Store(engine) = std::mem::replace(&mut *way, Way::Closed) else { return Err(sealed()) };
+        let report = engine.finish_owing(manifest, owed).map_err(|error| not_stored(&error))?;
+        if report.owed_pages == 0 {
+            return Ok((report, None));
+        }
+        let listener = link::listen(&report.dir).map_err(fault(STORE))?;
+        listener.set_nonblocking(true).map_err(fault(STORE))?;
+        let listener = UnixListener::from_std(listener).map_err(fault(STORE))?;
+        let (server, arrived) = mpsc::channel(BATCHES_AHEAD);
+        *way = Way::Server(server);
+        Ok((report, Some(Relay { listener, arrived })))
     }
+}
+
+fn sealed() -> Fault {
+    Fault::new(code::OUT_OF_ORDER, "the store is sealed")
 }
 
 #[cfg(test)]

@@ -1,7 +1,9 @@
 //! Several connections into one store, as a source makes them.
 
 use super::*;
+use haulage_pages::link::Link;
 use haulage_pages::manifest::ManifestProcess;
+use haulage_pages::owed::{Ask, Word};
 use haulage_pages::process::{Generation, Vpid};
 use haulage_pages::range::{PageNo, PageRange, RangeSet};
 use haulage_pages::store::StoreLimits;
@@ -11,14 +13,14 @@ use haulage_service::bulk::{Arrivals, Departure};
 use haulage_service::config::{HostConfig, NatsConfig};
 use haulage_transport::stream::FrameKind;
 
-use crate::wire::CARGO;
+use crate::wire::{CARGO, WANTED};
 
 /// A source with two connections, and the target that it talks to.
 struct Session {
     first: Departure,
     second: Departure,
     _arrivals: Arrivals,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 async fn session() -> Session {
@@ -46,7 +48,7 @@ async fn session_in(dir: tempfile::TempDir) -> Session {
     assert_eq!(stranger.unwrap_err().code.as_str(), "wrong_token");
     let first = Departure::connect(&address, &migration, &token, CARGO).await.unwrap();
     let second = Departure::connect_more(&address, &migration, &token, CARGO).await.unwrap();
-    Session { first, second, _arrivals: arrivals, _dir: dir }
+    Session { first, second, _arrivals: arrivals, dir }
 }
 
 /// A batch with one page of zeros.
@@ -79,9 +81,67 @@ async fn send(to: &mut Departure, kind: FrameKind, payload: Bytes) {
     send_now(&mut to.connection, kind, payload).await.unwrap();
 }
 
+/// A manifest of some pages of one process.
+fn manifest(first: u64, count: u64) -> FinalManifest {
+    let pages = RangeSet::from_iter(PageRange::with_count(PageNo(first), count));
+    let processes = [(Vpid(1), ManifestProcess { generation: Generation(1), pages })];
+    FinalManifest { processes: processes.into() }
+}
+
+/// A session in which one page has come and one is owed, and its page server's end.
+async fn owing() -> (Session, Link) {
+    let mut session = session().await;
+    let first = &mut session.first;
+    send(first, BATCH, batch(1, 10)).await;
+    send(first, COMPLETE, count(1)).await;
+    for (kind, manifest) in [(MANIFEST, manifest(10, 2)), (OWED, manifest(11, 1))] {
+        for part in manifest.encode() {
+            send(first, kind, part.into()).await;
+        }
+    }
+    send(first, FINISH, Bytes::new()).await;
+    first.answer(FINISHED, "all pages").await.unwrap();
+    let link = Link::connect(&session.dir.path().join("store")).unwrap();
+    (session, link)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_owed_goes_to_the_page_server_whatever_connection_it_comes_on() {
+    let (Session { mut first, mut second, _arrivals, dir: _dir }, mut link) = owing().await;
+    let ask = Ask {
+        vpid: Vpid(1),
+        generation: Generation(1),
+        pages: PageRange::with_count(PageNo(11), 1).unwrap(),
+    };
+    for word in [Word::Ask(ask), Word::Begin] {
+        link.say(word).unwrap();
+        let frame = first.connection.recv().await.unwrap().unwrap();
+        assert_eq!((frame.kind, Word::decode(&frame.payload)), (WANTED, Some(word)));
+    }
+    for to in [&mut first, &mut second] {
+        send(to, BATCH, batch(1, 11)).await;
+        let received = tokio::task::block_in_place(|| link.receive().unwrap());
+        assert_eq!(received, batch(1, 11));
+    }
+    drop(link);
+    assert!(first.connection.recv().await.unwrap().is_none(), "the source is told that nothing is missing");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_is_lost_while_it_owes_pages_closes_the_page_servers_end() {
+    for lost in 0..2 {
+        let (Session { first, second, _arrivals, dir: _dir }, mut link) = owing().await;
+        let kept = if lost == 0 { (drop(first), second).1 } else { (drop(second), first).1 };
+        let error = tokio::task::block_in_place(|| link.receive().unwrap_err());
+        use std::io::ErrorKind::{ConnectionReset, UnexpectedEof};
+        assert!(matches!(error.kind(), UnexpectedEof | ConnectionReset), "{error}");
+        drop(kept);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_round_is_stored_when_the_batches_of_all_connections_are() {
-    let Session { mut first, mut second, _arrivals, _dir } = session().await;
+    let Session { mut first, mut second, _arrivals, dir: _dir } = session().await;
     send(&mut first, BATCH, batch(1, 10)).await;
     send(&mut first, COMPLETE, count(3)).await;
     send(&mut first, ROUND_END, Bytes::new()).await;
@@ -94,10 +154,7 @@ async fn a_round_is_stored_when_the_batches_of_all_connections_are() {
 
     send(&mut second, BATCH, batch(2, 13)).await;
     send(&mut first, COMPLETE, count(4)).await;
-    let mut manifest = FinalManifest::default();
-    let pages = RangeSet::from_iter(PageRange::with_count(PageNo(10), 4));
-    manifest.processes.insert(Vpid(1), ManifestProcess { generation: Generation(1), pages });
-    for part in manifest.encode() {
+    for part in manifest(10, 4).encode() {
         send(&mut first, MANIFEST, part.into()).await;
     }
     send(&mut first, FINISH, Bytes::new()).await;
@@ -107,7 +164,7 @@ async fn a_round_is_stored_when_the_batches_of_all_connections_are() {
 
 /// What the first connection is told after the second one has brought this.
 async fn told_after(kind: FrameKind, payload: Bytes) -> String {
-    let Session { mut first, mut second, _arrivals, _dir } = session().await;
+    let Session { mut first, mut second, _arrivals, dir: _dir } = session().await;
     send(&mut second, kind, payload).await;
     first.answer(OK, "the pages").await.unwrap_err().code.as_str().to_owned()
 }
@@ -121,7 +178,7 @@ async fn what_is_wrong_on_any_connection_ends_the_session_and_the_source_is_told
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_that_is_lost_ends_the_session() {
-    let Session { mut first, second, _arrivals, _dir } = session().await;
+    let Session { mut first, second, _arrivals, dir: _dir } = session().await;
     drop(second);
     assert_eq!(first.answer(OK, "the pages").await.unwrap_err().code.as_str(), "truncated");
 }
@@ -133,7 +190,7 @@ async fn more_batches_than_were_counted_and_names_of_nothing_are_refused() {
         (COMPLETE, Bytes::from_static(b"many"), code::MALFORMED.as_str().to_owned()),
         (NAMED, Bytes::from_static(b"no names"), STORE.as_str().to_owned()),
     ] {
-        let Session { mut first, second: _second, _arrivals, _dir } = session().await;
+        let Session { mut first, second: _second, _arrivals, dir: _dir } = session().await;
         send(&mut first, BATCH, batch(1, 10)).await;
         send(&mut first, COMPLETE, count(1)).await;
         send(&mut first, kind, payload).await;
@@ -163,7 +220,7 @@ impl Drop for Small {
 async fn a_store_without_room_is_told_to_the_source_with_what_to_do() {
     let dir = tempfile::tempdir().unwrap();
     let small = Small::mount(dir.path());
-    let Session { mut first, second: _second, _arrivals, _dir } = session_in(dir).await;
+    let Session { mut first, second: _second, _arrivals, dir: _dir } = session_in(dir).await;
     // Dropped before the directory that it is mounted on.
     let _small = small;
     for n in 0..3 {

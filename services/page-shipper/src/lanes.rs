@@ -168,6 +168,11 @@ impl Lanes {
         Ok((engine, done.map_err(fault(TRACKING))?, encoding))
     }
 
+    /// The connections with what packs for each, the first one first: no more rounds go on them.
+    pub(crate) fn into_connections(self) -> Vec<(Departure, Encoder)> {
+        self.lanes.into_iter().map(|lane| (lane.to, lane.encoder)).collect()
+    }
+
     /// Tells the target that all batches so far have been sent: what follows on the first connection comes after them.
     /// Then names the pages that equal others.
     pub(crate) async fn settle(&mut self) -> Result<(), Fault> {

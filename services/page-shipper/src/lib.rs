@@ -2,9 +2,11 @@
 //! store. It does not decide when to stop: the coordinator asks for each round.
 
 mod arrival;
+mod debt;
 mod failure;
 mod lanes;
 mod probe;
+mod relay;
 mod sample;
 mod source;
 mod target;
@@ -43,6 +45,8 @@ pub(crate) struct PageShipper {
     arrivals: Arrivals,
     sources: Mutex<HashMap<MigrationId, source::Session>>,
     watched: Arc<Watched>,
+    /// What containers that run on their targets are still owed.
+    debts: Mutex<HashMap<MigrationId, debt::Debt>>,
 }
 
 /// Registers the verbs.
@@ -55,8 +59,8 @@ pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>
     }
     let arrivals = Arrivals::bind(&shell.config, CARGO).await?;
     shell.facts.insert("pages".to_owned(), arrivals.address().to_string());
-    let (config, sources, watched) = (shell.config.clone(), Mutex::default(), Arc::default());
-    let service = Arc::new(PageShipper { config, arrivals, sources, watched });
+    let (config, sources, debts) = (shell.config.clone(), Mutex::default(), Mutex::default());
+    let service = Arc::new(PageShipper { config, arrivals, sources, watched: Arc::default(), debts });
     let server = &mut shell.server;
     let s = service.clone();
     server.answer::<OpenPages, _, _>(move |at, ask| target::open(s.clone(), at.migration, ask)).await?;
@@ -70,7 +74,9 @@ pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>
     let s = service.clone();
     server.answer::<RunRound, _, _>(move |at, ask| source::round(s.clone(), at.migration, ask)).await?;
     let s = service.clone();
-    server.answer::<FinalRound, _, _>(move |at, _| source::final_round(s.clone(), at.migration)).await?;
+    server
+        .answer::<FinalRound, _, _>(move |at, ask| source::final_round(s.clone(), at.migration, ask))
+        .await?;
     server.answer::<ClosePages, _, _>(move |at, _| close(service.clone(), at.migration)).await?;
     Ok(())
 }
@@ -78,8 +84,13 @@ pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>
 /// Ends whatever this host has of the migration's memory.
 async fn close(service: Arc<PageShipper>, migration: MigrationId) -> Result<PagesClosed, Fault> {
     let source = service.sources.lock().unwrap_or_else(PoisonError::into_inner).remove(&migration);
+    let debt = service.debts.lock().unwrap_or_else(PoisonError::into_inner).remove(&migration);
+    let owing = match debt {
+        Some(debt) => Some(debt.call_off(&migration).await),
+        None => None,
+    };
     // Closing the trackers' descriptors makes the kernel walk the page tables.
-    let dropped = tokio::task::spawn_blocking(move || drop(source)).await;
+    let dropped = tokio::task::spawn_blocking(move || drop((source, owing))).await;
     dropped.map_err(fault(STORE))?;
     service.arrivals.close(&migration).await;
     target::remove_store(service.clone(), migration.clone()).await?;

@@ -11,25 +11,46 @@ use haulage_pages::track::Method;
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::{MigrationId, Round};
 use haulage_protocol::page_shipper::{
-    Encoding, FinalReport, RoundReport, RunRound, StartTracking, TrackingStarted, Untracked,
+    Encoding, FinalReport, FinalRound, RoundReport, RunRound, StartTracking, TrackingStarted, Untracked,
 };
 use haulage_protocol::policy::Policy;
+use haulage_protocol::secret::Token;
 use haulage_protocol::unit::{Bytes as Size, Micros, Pages};
-use haulage_service::bulk::{pace, send_now};
+use haulage_service::bulk::{Departure, pace, send_now};
+use haulage_transport::stream::Pace as Limit;
 
 use crate::PageShipper;
+use crate::debt::Debt;
 use crate::failure::{TRACKING, fault, no_session};
 use crate::lanes::Lanes;
 use crate::watched::Watch;
-use crate::wire::{FINISH, FINISHED, Finished, MANIFEST, OK, ROUND_END};
+use crate::wire::{CARGO, FINISH, FINISHED, Finished, MANIFEST, OK, OWED, ROUND_END};
 
 /// A migration's memory, where it leaves.
 pub(crate) struct Session {
     engine: SourceEngine,
     lanes: Lanes,
     rounds: u32,
+    way: Way,
     /// After the engine: what it tracks is free when this is gone.
     watch: Watch,
+}
+
+/// How a further connection to the target is made.
+struct Way {
+    address: String,
+    token: Token,
+    pace: Option<Arc<Limit>>,
+}
+
+impl Way {
+    async fn connect(&self, migration: &MigrationId) -> Result<Departure, Fault> {
+        let mut to = Departure::connect_more(&self.address, migration, &self.token, CARGO).await?;
+        if let Some(pace) = &self.pace {
+            to.connection.keep_pace(pace.clone());
+        }
+        Ok(to)
+    }
 }
 
 pub(crate) async fn start(
@@ -38,7 +59,8 @@ pub(crate) async fn start(
     ask: StartTracking,
 ) -> Result<TrackingStarted, Fault> {
     let pace = pace(&service.config, &migration, ask.transfer.bandwidth).await?;
-    let lanes = Lanes::connect(&migration, &ask, pace).await?;
+    let lanes = Lanes::connect(&migration, &ask, pace.clone()).await?;
+    let way = Way { address: ask.address, token: ask.token, pace };
     let (procs, policy) = (ask.cgroup_procs, transfer(ask.policy));
     let (watched, id) = (service.watched.clone(), migration.clone());
     let begun = tokio::task::spawn_blocking(move || {
@@ -49,7 +71,7 @@ pub(crate) async fn start(
     let (watch, engine, report) = begun.await.map_err(fault(code::INTERNAL))??;
     let mut sources = service.sources.lock().unwrap_or_else(PoisonError::into_inner);
     // A session of an earlier try is dropped, and its trackers with it.
-    sources.insert(migration, Session { engine, lanes, rounds: 0, watch });
+    sources.insert(migration, Session { engine, lanes, rounds: 0, way, watch });
     Ok(started(report))
 }
 
@@ -86,6 +108,10 @@ impl PageShipper {
     fn put_source(&self, migration: MigrationId, session: Session) {
         self.sources.lock().unwrap_or_else(PoisonError::into_inner).insert(migration, session);
     }
+
+    fn owe(&self, migration: MigrationId, debt: Debt) {
+        self.debts.lock().unwrap_or_else(PoisonError::into_inner).insert(migration, debt);
+    }
 }
 
 pub(crate) async fn round(
@@ -96,7 +122,7 @@ pub(crate) async fn round(
     // Before the session is taken: what ends a migration need not wait for this.
     tokio::time::sleep(Duration::from_micros(ask.pause.0)).await;
     // A session whose round failed is not put back: its connection is of no more use.
-    let Session { engine, mut lanes, rounds, watch } = service.take_source(&migration)?;
+    let Session { engine, mut lanes, rounds, way, watch } = service.take_source(&migration)?;
     let (began, before) = (Instant::now(), lanes.traffic());
     #[allow(clippy::cast_precision_loss, reason = "an estimate")]
     let rate = ask.rate.map(|pages| pages.0 as f64);
@@ -108,28 +134,46 @@ pub(crate) async fn round(
     lanes.first()?.answer(OK, "the pages").await?;
     let wire = lanes.traffic().saturating_sub(before);
     let report = told(ask.round, &report, encoding, wire, began.elapsed());
-    service.put_source(migration, Session { engine, lanes, rounds: rounds.saturating_add(1), watch });
+    service.put_source(migration, Session { engine, lanes, rounds: rounds.saturating_add(1), way, watch });
     Ok(report)
 }
 
 pub(crate) async fn final_round(
     service: Arc<PageShipper>,
     migration: MigrationId,
+    ask: FinalRound,
 ) -> Result<FinalReport, Fault> {
-    let Session { engine, mut lanes, rounds, watch } = service.take_source(&migration)?;
+    let Session { engine, mut lanes, rounds, way, watch } = service.take_source(&migration)?;
     let (began, before) = (Instant::now(), lanes.traffic());
-    let (engine, (manifest, report), encoding) = lanes.ship(engine, SourceEngine::final_round).await?;
+    let shipped = lanes.ship(engine, move |engine, sink| match ask.post_copy {
+        true => engine.final_round_owing(sink).map(|(manifest, owed, report)| (manifest, Some(owed), report)),
+        false => engine.final_round(sink).map(|(manifest, report)| (manifest, None, report)),
+    });
+    let further = async { if ask.post_copy { way.connect(&migration).await.map(Some) } else { Ok(None) } };
+    let (shipped, further) = tokio::join!(shipped, further);
+    let (engine, (manifest, owed, report), encoding) = shipped?;
+    let owed = owed.filter(|owed| owed.pages() > 0).zip(further?);
     lanes.settle().await?;
     for part in manifest.encode() {
         lanes.send(MANIFEST, part.into()).await?;
+    }
+    if let Some((owed, _)) = &owed {
+        for part in owed.manifest().encode() {
+            lanes.send(OWED, part.into()).await?;
+        }
     }
     send_now(&mut lanes.first()?.connection, FINISH, Bytes::new()).await?;
     let finished = lanes.first()?.answer(FINISHED, "all pages").await?;
     let finished: Finished = serde_json::from_slice(&finished).map_err(fault(code::MALFORMED))?;
     let wire = lanes.traffic().saturating_sub(before);
     let round = told(Round(rounds), &report, encoding, wire, began.elapsed());
-    service.put_source(migration, Session { engine, lanes, rounds, watch });
-    Ok(FinalReport { round, total: finished.pages, dropped: finished.dropped })
+    let (total, dropped) = (finished.pages, finished.dropped);
+    let due = owed.as_ref().map_or(0, |(owed, _)| owed.pages());
+    match owed {
+        Some((owed, urgent)) => service.owe(migration, Debt::new(engine, owed, lanes, urgent)),
+        None => service.put_source(migration, Session { engine, lanes, rounds, way, watch }),
+    }
+    Ok(FinalReport { round, total, dropped, owed: Pages(due) })
 }
 
 fn told(

@@ -14,6 +14,13 @@
 //!   | <------------------ FINISHED |   the store holds exactly the manifest's pages, and is sealed
 //!   | <-------------------- FAILED |   instead of any answer, and nothing after it
 //! ```
+//! With OWED* after MANIFEST*, pages are still to come after FINISHED; the container runs on the target meanwhile:
+//!
+//! ```text
+//!   | <------------------- WANTED* |   what somebody waits for, and once: send the rest
+//!   | BATCH* --------------------> |   what is wanted on a connection of its own, the rest on the first one
+//!   | <----------------------- end |   nothing is missing
+//! ```
 
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::unit::Pages;
@@ -44,6 +51,10 @@ pub(crate) const FINISHED: FrameKind = own(5);
 pub(crate) const COMPLETE: FrameKind = own(7);
 /// Pages as names of others.
 pub(crate) const NAMED: FrameKind = own(8);
+/// A part of the manifest of what is owed.
+pub(crate) const OWED: FrameKind = own(9);
+/// A word of the page server's: [`haulage_pages::owed::Word`].
+pub(crate) const WANTED: FrameKind = own(10);
 
 /// Bytes to measure the link with ([`crate::probe`]).
 pub(crate) const PROBE: FrameKind = own(9);

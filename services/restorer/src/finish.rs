@@ -1,9 +1,10 @@
 //! The end on this host: the container is verified and kept, or undone.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use haulage_engine::{Engine, EngineErrorKind};
-use haulage_protocol::fault::Fault;
+use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::MigrationId;
 use haulage_protocol::restorer::{Adopt, Adopted, Filled, Undone, Verified, Verify};
 use haulage_protocol::unit::{Micros, Pages};
@@ -14,25 +15,35 @@ use crate::kill::{kill_container, silence_container};
 use crate::notes::{Notes, working_name};
 use crate::{Restorer, WORK};
 
+/// How long one command waits for a container's memory. A copy that nobody has decided about is mute when no command has
+/// come for 10 s ([`guard`]), so the next one must come before that.
+const MEMORY_WITHIN: Duration = Duration::from_secs(4);
+
 /// Waits until the container has all its memory, and looks whether it runs.
 pub(crate) async fn verify(
     service: Arc<Restorer>,
     migration: MigrationId,
     ask: Verify,
 ) -> Result<Verified, Fault> {
-    // Filling may take longer than a guard waits.
-    service.guards.dismiss(&migration).await;
     let work = service.dir(&migration).join(WORK);
-    let filled = service.memories.complete(&migration, &work, ask.container.as_str()).await?;
+    let complete = service.memories.complete(&migration, &work, ask.container.as_str());
+    let filled = match tokio::time::timeout(MEMORY_WITHIN, complete).await {
+        Ok(filled) => Some(filled?),
+        Err(_) => None,
+    };
     let found =
         service.docker.inspect(ask.container.as_str()).await.map_err(|error| failure::engine(&error))?;
     let state = found.state().map_err(fault(ENGINE))?;
     if state.running && !state.paused && state.pid > 0 {
+        service.guards.dismiss(&migration).await;
         let dir = service.dir(&migration);
         if let Some(mut notes) = Notes::load(&dir).await? {
             guard::unmute(&service, &dir, &mut notes).await?;
         }
         service.guards.watch(dir, &migration, state.pid);
+        let Some(filled) = filled else {
+            return Err(Fault::new(code::MEMORY_INCOMPLETE, "the container lacks memory yet"));
+        };
         return Ok(Verified {
             pid: state.pid,
             filled: Filled {
@@ -40,6 +51,8 @@ pub(crate) async fn verify(
                 faults: Pages(filled.faults),
                 on_demand: Pages(filled.on_demand),
                 in_background: Pages(filled.in_background),
+                pulled: Pages(filled.pulled),
+                pushed: Pages(filled.pushed),
             },
         });
     }

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use haulage_criu::lazy::{self, LazyRestore, Said};
-use haulage_protocol::fault::{Fault, FaultCode};
+use haulage_protocol::fault::{Fault, FaultCode, code};
 use haulage_protocol::id::MigrationId;
 use haulage_service::chain;
 use haulage_sys::pass_fd;
@@ -37,7 +37,7 @@ const KILL_AGAIN_AFTER: Duration = Duration::from_secs(1);
 enum Status {
     Filling,
     Complete(Outcome),
-    Lost(String),
+    Lost(Fault),
 }
 
 /// The page servers of this host.
@@ -99,7 +99,7 @@ impl Memories {
     /// Waits until the container has all its memory.
     ///
     /// # Errors
-    /// [`MEMORY_LOST`]: it never will, and has been killed.
+    /// [`MEMORY_LOST`] or `post_copy_failed`: it never will, and has been killed.
     pub(crate) async fn complete(
         self: &Arc<Self>,
         migration: &MigrationId,
@@ -118,7 +118,7 @@ impl Memories {
         let ended = status.wait_for(|status| !matches!(status, Status::Filling)).await;
         match ended.as_deref() {
             Ok(Status::Complete(outcome)) => Ok(outcome.clone()),
-            Ok(Status::Lost(why)) => Err(lost(why)),
+            Ok(Status::Lost(fault)) => Err(fault.clone()),
             Ok(Status::Filling) | Err(_) => Err(lost("nobody watches over it")),
         }
     }
@@ -197,6 +197,15 @@ fn lost(why: &str) -> Fault {
         .remedy("the container goes on where it was; see page-server.log and the kernel's log on the target")
 }
 
+/// As [`lost`], since the source has not paid what it owed.
+fn source_lost(why: &str) -> Fault {
+    let message = format!("the container's memory was not completed: {why}");
+    Fault::new(code::POST_COPY_FAILED, message).remedy(
+        "the container goes on where it was, from the moment when it was frozen: what it has done since is lost; see the \
+         logs of both page-shippers, and page-server.log on the target",
+    )
+}
+
 /// Copies of the descriptors of a container's memory. None is closed before [`Held::release`].
 #[derive(Debug, Clone, Default)]
 struct Held(Arc<Mutex<Option<Vec<OwnedFd>>>>);
@@ -260,19 +269,21 @@ fn hold(guard: &UnixStream, held: &Held) {
 /// What became of a page server that has ended; without a good end, of its container too. And whether nobody waits for
 /// a page any more.
 fn verdict(work: &Path, container: &str) -> (Status, bool) {
-    let why = match Outcome::read(work) {
-        Ok(Some(outcome)) => match outcome.error {
+    let mut fault = match Outcome::read(work) {
+        Ok(Some(outcome)) => match &outcome.error {
             None => return (Status::Complete(outcome), true),
-            Some(error) => error,
+            Some(error) if outcome.source_lost => source_lost(error),
+            Some(error) => lost(error),
         },
-        Ok(None) => "the page server died".to_owned(),
-        Err(error) => chain(&error),
+        Ok(None) => lost("the page server died"),
+        Err(error) => lost(&chain(&error)),
     };
     match kill_container(container) {
-        Ok(()) => (Status::Lost(why), true),
+        Ok(()) => (Status::Lost(fault), true),
         Err(error) => {
             tracing::error!(container, %error, "a container with missing memory was not killed");
-            (Status::Lost(format!("{why}; and it was not killed: {error}")), false)
+            fault.message = format!("{}; and it was not killed: {error}", fault.message);
+            (Status::Lost(fault), false)
         }
     }
 }

@@ -11,6 +11,9 @@
 //!                                         filled.json: how it ended
 //! ```
 //!
+//! What the source still owes when the container begins to run comes over a socket in the store
+//! ([`haulage_pages::link`]).
+//!
 //! The restorer holds a copy of every descriptor ([`crate::memory`]). Should the page server die while pages are
 //! missing, threads that touch one stand still until the restorer has killed the container; nobody reads zeros. Should
 //! the restorer die, the page server goes on, and the restorer's successor gets copies on the guard's socket. A page
@@ -30,7 +33,7 @@ pub(crate) use outcome::{GUARD, LOG, Outcome, READY, forget, running_in};
 pub(crate) use session::{DONE, MEMORY};
 
 use crate::kill::kill_container;
-use session::Session;
+use session::{Session, SourceLost};
 
 /// What goes wrong ends the page server, whatever it is.
 type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -85,7 +88,8 @@ fn serve(arguments: &Arguments) -> Result<(), Failure> {
         Err(failure) => {
             // Its descriptors are still open, so nothing of it has gone on with what is missing.
             let killed = kill_container(&arguments.container);
-            Outcome::failed(haulage_service::chain(failure.as_ref())).write(work)?;
+            let why = haulage_service::chain(failure.as_ref());
+            Outcome::failed(why, failure.is::<SourceLost>()).write(work)?;
             killed?;
             Err(failure)
         }

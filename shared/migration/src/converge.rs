@@ -8,6 +8,8 @@
 //!  no longer falls, and no deadline to wait for ───────────► freeze (stalled)
 //!  deadline passed, or rounds used up ──┬─ downtime given ─► refuse: cannot_converge
 //!                                       └─ not given ──────► freeze
+//!
+//!  with --post-copy, instead of a freeze that does not fit, or a refusal ─► freeze, and the rest follows (post-copy)
 //! ```
 //! What is left is counted by the source after each round: pages held back, and pages written since they were sent.
 
@@ -90,6 +92,8 @@ pub enum Decision {
     SlowDown(u8),
     /// On to the freeze.
     Freeze(Why),
+    /// On to the freeze, with what is left to follow when the container runs on the target.
+    PostCopy(Why),
     /// The downtime that was asked for cannot be kept: give up, with the container untouched.
     Refuse(Why),
 }
@@ -114,6 +118,9 @@ pub struct Convergence {
     pub forecast: Forecast,
     /// The downtime that was aimed at.
     pub wanted: Micros,
+    /// What is left does not go in the freeze: it follows when the container runs on the target.
+    #[serde(default)]
+    pub post_copy: bool,
 }
 
 /// The downtime that is aimed at, with a switch that costs `fixed`: what was asked for. Where nothing was, what is
@@ -271,9 +278,12 @@ fn out_of_bounds(rounds: &[RoundReport], options: &Options, fixed: Micros, elaps
 /// What is not within the downtime asked for. Where there is time until a deadline, and a downtime was asked for, it is
 /// used: the container may write less by then.
 fn give_up(options: &Options, fixed: Micros, elapsed: Micros, why: Why) -> Decision {
+    let (strict, possible) = (is_strict(options), is_possible(options, fixed));
     match why {
-        _ if !is_strict(options) => Decision::Freeze(why),
-        Why::Stalled if !is_late(options, elapsed) && is_possible(options, fixed) => Decision::Again,
+        Why::Stalled if strict && !is_late(options, elapsed) && possible => Decision::Again,
+        // What the switch alone exceeds, post-copy exceeds too.
+        _ if options.post_copy && (possible || !strict) => Decision::PostCopy(why),
+        _ if !strict => Decision::Freeze(why),
         _ => Decision::Refuse(why),
     }
 }

@@ -99,6 +99,34 @@ fn a_deadline_refuses_only_a_downtime_that_was_asked_for() {
 }
 
 #[test]
+fn post_copy_takes_the_place_of_a_refusal_and_of_a_freeze_that_does_not_fit() {
+    let flat: Vec<_> = (0..5).map(|n| round(n, 1000, 50_000)).collect();
+    let (before, after) = (Micros(59_000_000), Micros(60_000_000));
+    let best = Options { post_copy: true, ..with("adaptive") };
+    assert_eq!(decide(&flat, &[], &best, FIXED, NO_TIME), Decision::PostCopy(Why::Stalled));
+    assert_eq!(settle(&flat, 5, &[], &best, FIXED, NO_TIME), Decision::PostCopy(Why::Stalled));
+    let used_up = Options { max_rounds: Some(5), ..best.clone() };
+    assert_eq!(decide(&flat, &[], &used_up, FIXED, NO_TIME), Decision::PostCopy(Why::Rounds));
+    let strict = Options { max_downtime_ms: Some(150), deadline_ms: Some(60_000), ..best.clone() };
+    assert_eq!(decide(&flat, &[], &strict, FIXED, before), Decision::Again, "there is time yet");
+    assert_eq!(decide(&flat, &[], &strict, FIXED, after), Decision::PostCopy(Why::Deadline));
+    assert_eq!(settle(&flat, 1, &[], &strict, FIXED, after), Decision::PostCopy(Why::Deadline));
+    let fits = [round(0, 1000, 10)];
+    assert_eq!(decide(&fits, &[], &strict, FIXED, after), Decision::Freeze(Why::Fits), "no need");
+    // Slowing it down risks less.
+    let slower = Options { auto_converge: true, ..best.clone() };
+    assert_eq!(decide(&flat, &[], &slower, FIXED, NO_TIME), Decision::SlowDown(KEEPS[0]));
+    let below = Options { max_downtime_ms: Some(1), ..strict };
+    assert_eq!(
+        decide(&flat, &[], &below, FIXED, after),
+        Decision::Refuse(Why::Deadline),
+        "the switch itself takes longer"
+    );
+    let phaul = Options { post_copy: true, ..with("phaul") };
+    assert_eq!(decide(&[round(0, 64, 1 << 20)], &[], &phaul, FIXED, NO_TIME), Decision::Freeze(Why::Phaul));
+}
+
+#[test]
 fn what_stalls_is_slowed_down_in_steps_and_each_gets_its_chance() {
     let options = Options { auto_converge: true, ..with("all") };
     let flat = |steps: usize| vec![round(0, 1000, 50_000); 3 * steps];
@@ -164,9 +192,9 @@ proptest! {
         rounds in proptest::collection::vec((0u64..1 << 30, 0u64..1 << 30, any::<bool>()), 101..140),
         policy in prop_oneof![Just("all"), Just("phaul"), Just("history:3,2"), Just("adaptive")],
         max_rounds in proptest::option::of(0u32..20), deadline_ms in proptest::option::of(0u64..100_000),
-        max_downtime_ms in proptest::option::of(0u64..1000),
+        max_downtime_ms in proptest::option::of(0u64..1000), post_copy: bool,
     ) {
-        let options = Options { max_rounds, deadline_ms, max_downtime_ms, ..with(policy) };
+        let options = Options { max_rounds, deadline_ms, max_downtime_ms, post_copy, ..with(policy) };
         let strict = deadline_ms.is_some() && max_downtime_ms.is_some();
         let (mut so_far, mut settled, mut elapsed) = (Vec::new(), 0, Micros(0));
         let mut ended = [false; 2];
@@ -185,8 +213,12 @@ proptest! {
                         prop_assert!(predicted(&so_far, FIXED) <= options.downtime() + PREPARING);
                         *ended = true;
                     }
+                    Decision::PostCopy(_) => {
+                        prop_assert!(post_copy && predicted(&so_far, FIXED) > options.downtime());
+                        *ended = true;
+                    }
                     Decision::Freeze(why) => {
-                        prop_assert!(!strict || why == Why::Phaul, "frozen although the downtime cannot be kept");
+                        prop_assert!(!(strict || post_copy) || why == Why::Phaul, "frozen although the downtime cannot be kept");
                         *ended = true;
                     }
                     Decision::Refuse(_) => {

@@ -250,9 +250,9 @@ impl Migration {
             let effects = match self.following(now) {
                 Following::Stay(effect) => vec![self.ask(effect, now)],
                 Following::Enter(phase) => self.enter(phase, now),
-                Following::Converged(why, phase) => {
-                    self.facts.convergence = Some(self.convergence(why));
-                    self.enter(phase, now)
+                Following::Converged { why, post_copy, on } => {
+                    self.facts.convergence = Some(Convergence { post_copy, ..self.convergence(why) });
+                    self.enter(on, now)
                 }
                 Following::Refuse(why) => {
                     self.refuse(why);
@@ -291,6 +291,8 @@ impl Migration {
                 let (options, fixed) = (&self.job.options, self.fixed().cost);
                 self.decided(decide(rounds, slowdowns, options, fixed, self.pre_copied(now)), Phase::Prepare)
             }
+            // What is written meanwhile follows too.
+            Phase::Prepare if self.is_post_copy() => Enter(Phase::Freeze),
             Phase::Prepare => Enter(Phase::Settle),
             Phase::Settle if !self.is_tracked() => Enter(Phase::Freeze),
             Phase::Settle => {
@@ -319,7 +321,8 @@ impl Migration {
         match decision {
             Decision::Again => Following::Stay(Effect::RunRound(self.next_round())),
             Decision::SlowDown(keep) => Following::Stay(Effect::Throttle(keep)),
-            Decision::Freeze(why) => Following::Converged(why, on),
+            Decision::Freeze(why) => Following::Converged { why, post_copy: false, on },
+            Decision::PostCopy(why) => Following::Converged { why, post_copy: true, on },
             Decision::Refuse(why) => Following::Refuse(why),
         }
     }
@@ -330,6 +333,7 @@ impl Migration {
             why,
             forecast: forecast(&self.facts.rounds, fixed),
             wanted: aim(&self.job.options, fixed),
+            post_copy: false,
         }
     }
 
@@ -342,7 +346,8 @@ impl Migration {
         let message = format!(
             "the container would stand still for {predicted} (the switch alone: {fixed}), not for {wanted}, and {why}"
         );
-        let remedy = "allow more with --max-downtime or --deadline, or slow it down with --auto-converge";
+        let remedy = "allow more with --max-downtime or --deadline, slow it down with --auto-converge, or let it run \
+                      on the target before it has its memory, with the risk of --post-copy";
         self.fault.get_or_insert(Fault::new(code::CANNOT_CONVERGE, message).remedy(remedy));
     }
 
@@ -449,8 +454,12 @@ impl Migration {
 enum Following {
     Stay(Effect),
     Enter(Phase),
-    /// As `Enter`, at the end of pre-copy.
-    Converged(Why, Phase),
+    /// Enter `on`, at the end of pre-copy.
+    Converged {
+        why: Why,
+        post_copy: bool,
+        on: Phase,
+    },
     /// The downtime cannot be kept.
     Refuse(Why),
 }

@@ -74,7 +74,7 @@ pub fn predict(classes: &[WriteClass], rate: Pages, options: &Options, fixed: Mi
         total: micros(model.seconds) + downtime,
         downtime,
         why: match end {
-            Decision::Freeze(why) | Decision::Refuse(why) => Some(why),
+            Decision::Freeze(why) | Decision::PostCopy(why) | Decision::Refuse(why) => Some(why),
             Decision::Again | Decision::SlowDown(_) => None,
         },
         refused: matches!(end, Decision::Refuse(_)),
@@ -167,7 +167,7 @@ impl Model {
             match decide(&self.rounds, &[], options, self.fixed, micros(self.seconds)) {
                 Decision::Again | Decision::SlowDown(_) => {}
                 Decision::Freeze(_) => return self.settle(options),
-                refused @ Decision::Refuse(_) => return refused,
+                end @ (Decision::PostCopy(_) | Decision::Refuse(_)) => return end,
             }
         }
         Decision::Again

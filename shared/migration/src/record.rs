@@ -225,6 +225,12 @@ impl Migration {
         pacing(&self.facts.rounds, &options, self.pre_copied(now), ago)
     }
 
+    /// Whether the container is to run on the target before all its memory is there.
+    #[must_use]
+    pub fn is_post_copy(&self) -> bool {
+        self.facts.convergence.is_some_and(|convergence| convergence.post_copy)
+    }
+
     /// Rounds that have ended since the target was prepared.
     #[must_use]
     pub fn settled(&self) -> usize {

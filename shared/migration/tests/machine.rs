@@ -51,6 +51,8 @@ struct World {
     /// What every round leaves.
     left: u64,
     throttled: bool,
+    /// The target lacks pages that only the source has.
+    owed: bool,
 }
 
 impl World {
@@ -66,6 +68,7 @@ impl World {
             tracker,
             left: 1 << 20,
             throttled: false,
+            owed: false,
         }
     }
 
@@ -91,8 +94,20 @@ impl World {
                 }
                 _ => return out_of_order("dump of a container that is not frozen"),
             },
-            Effect::TakePackets | Effect::FinalRound | Effect::SyncFrozen => {
+            Effect::FinalRound => {
                 assert_ne!(self.source, Source::Running, "{effect}");
+                self.owed = record.is_post_copy();
+            }
+            Effect::TakePackets | Effect::SyncFrozen => assert_ne!(self.source, Source::Running, "{effect}"),
+            Effect::Verify if self.owed => {
+                if !self.open.contains("source pages") {
+                    return Err(Fault::new(code::POST_COPY_FAILED, "the source's page-shipper is gone"));
+                }
+                assert!(
+                    matches!(self.source, Source::Held | Source::Frozen),
+                    "pulled from a source that does not stand still"
+                );
+                self.owed = false;
             }
             Effect::Restore if !again => {
                 // A hold may be lost unnoticed until it is confirmed, but nothing thaws the source by itself.
@@ -109,10 +124,14 @@ impl World {
                 assert_eq!(record.phase, Phase::Retire, "the source ended without a recorded commit");
                 assert_eq!(self.target, Target::Adopted, "ended, with no target");
                 assert!(self.persisted, "ended before the target's files were on disk");
+                assert!(!self.owed, "ended while the target lacks what only the source has");
                 self.source = Source::Gone;
             }
             Effect::PersistFiles => self.persisted = true,
-            Effect::Adopt => self.target = Target::Adopted,
+            Effect::Adopt => {
+                assert!(!self.owed, "committed with pages missing");
+                self.target = Target::Adopted;
+            }
             Effect::UndoTarget => {
                 assert_ne!(self.target, Target::Adopted);
                 self.target = Target::Absent;
@@ -202,6 +221,7 @@ impl World {
                 round: round(Default::default()),
                 total: Pages(0),
                 dropped: Pages(0),
+                owed: Pages(u64::from(self.owed)),
             }),
             Effect::Prepare => Success::Prepared(Prepared { network: Network::Made, took: Micros(0) }),
             Effect::Restore => Success::Restored(Restored {
@@ -228,7 +248,12 @@ struct Chaos {
     hold: u32,
     bury: u32,
     late: u32,
+    /// The source's page-shipper dies.
+    die: u32,
 }
+
+const CALM: Chaos =
+    Chaos { fail: 0, lose: 0, crash: 0, repeat: 0, cancel: 0, hold: 0, bury: 0, late: 0, die: 0 };
 
 fn job() -> Job {
     Job {
@@ -241,13 +266,30 @@ fn job() -> Job {
     }
 }
 
+/// As [`job`], of a container that never gets within the downtime.
+fn post_copy_job() -> Job {
+    let options =
+        Options { max_downtime_ms: Some(150), deadline_ms: Some(0), post_copy: true, ..Options::default() };
+    Job { options, ..job() }
+}
+
 /// Drives one migration to its end through the chaos. The record goes through JSON each time it is persisted.
 fn drive(chaos: Chaos, image_present: bool, tracker: &'static str, rng: &mut TestRng) -> (Migration, World) {
+    drive_job(job(), chaos, image_present, tracker, rng)
+}
+
+fn drive_job(
+    job: Job,
+    chaos: Chaos,
+    image_present: bool,
+    tracker: &'static str,
+    rng: &mut TestRng,
+) -> (Migration, World) {
     let mut world = World::new(image_present, tracker);
     let mut clock = 0;
     let roll = |rng: &mut TestRng, percent: u32| rng.random_range(0..100) < percent;
     let Transition { next, effects } =
-        Migration::accept(job(), Token::generate(), CoordinatorId::generate(), Micros(0));
+        Migration::accept(job, Token::generate(), CoordinatorId::generate(), Micros(0));
     let persist = |record: &Migration| serde_json::to_vec(record).unwrap();
     let mut stored = persist(&next);
     let mut todo = effects;
@@ -274,6 +316,9 @@ fn drive(chaos: Chaos, image_present: bool, tracker: &'static str, rng: &mut Tes
             if world.source == Source::Held && roll(rng, chaos.hold) {
                 // The checkpointer died: the container is frozen still, but its dump is worthless.
                 world.source = Source::Frozen;
+            }
+            if roll(rng, chaos.die) {
+                world.open.remove("source pages");
             }
             // Parallel effects are answered in any order.
             let (step, effect) = todo.remove(rng.random_range(0..todo.len()));
@@ -362,12 +407,14 @@ proptest! {
     #[test]
     fn one_running_copy_and_no_leftovers_whatever_happens(
         fail in 0u32..25, lose in 0u32..25, crash in 0u32..20, repeat in 0u32..30, cancel in 0u32..4, hold in 0u32..5, bury in 0u32..3,
-        late in 0u32..4,
-        image_present: bool, tracked: bool, seed: [u8; 32],
+        late in 0u32..4, die in 0u32..3,
+        image_present: bool, tracked: bool, post_copy: bool, seed: [u8; 32],
     ) {
         let mut rng = TestRng::from_seed(proptest::test_runner::RngAlgorithm::ChaCha, &seed);
-        let chaos = Chaos { fail, lose, crash, repeat, cancel, hold, bury, late };
-        let (record, world) = drive(chaos, image_present, if tracked { "write_protect" } else { "none" }, &mut rng);
+        let chaos = Chaos { fail, lose, crash, repeat, cancel, hold, bury, late, die };
+        let tracker = if tracked { "write_protect" } else { "none" };
+        let job = if post_copy { post_copy_job() } else { job() };
+        let (record, world) = drive_job(job, chaos, image_present, tracker, &mut rng);
         check_end(&record, &world);
         traced::read(&record, Micros(0));
     }
@@ -376,9 +423,8 @@ proptest! {
 /// Fails or loses exactly one effect, each in turn: the path of every undo, one by one.
 #[test]
 fn every_single_failure_is_undone() {
-    let calm = Chaos { fail: 0, lose: 0, crash: 0, repeat: 0, cancel: 0, hold: 0, bury: 0, late: 0 };
     let mut rng = TestRng::deterministic_rng(proptest::test_runner::RngAlgorithm::ChaCha);
-    let (good, world) = drive(calm, false, "write_protect", &mut rng);
+    let (good, world) = drive(CALM, false, "write_protect", &mut rng);
     assert_eq!(good.outcome, Some(Outcome::Committed));
     check_end(&good, &world);
     assert!(good.leftovers.is_empty());
@@ -386,7 +432,7 @@ fn every_single_failure_is_undone() {
     assert!(forward.len() > 20, "{forward:?}");
     for victim in forward {
         for lost in [false, true] {
-            let (record, world) = drive_with_victim(victim, lost);
+            let (record, world) = drive_with_victim(job(), victim, lost);
             assert_eq!(record.outcome, Some(Outcome::RolledBack), "{victim}");
             check_end(&record, &world);
             assert!(record.leftovers.is_empty());
@@ -395,10 +441,56 @@ fn every_single_failure_is_undone() {
     }
 }
 
-fn drive_with_victim(victim: Effect, lost: bool) -> (Migration, World) {
+/// What is left follows the container, and only when it has all arrived is the source ended.
+#[test]
+fn a_container_that_runs_before_it_has_its_memory_is_committed_when_it_has_it() {
+    let mut rng = TestRng::deterministic_rng(proptest::test_runner::RngAlgorithm::ChaCha);
+    let (good, world) = drive_job(post_copy_job(), CALM, true, "write_protect", &mut rng);
+    check_end(&good, &world);
+    assert_eq!(good.outcome, Some(Outcome::Committed));
+    assert!(good.is_post_copy());
+    assert_eq!(good.facts.last_round.as_ref().map(|last| last.owed), Some(Pages(1)));
+    // It is too late for rounds between the preparation and the freeze.
+    assert!(good.phases.iter().all(|(phase, _)| *phase != Phase::Settle), "{:?}", good.phases);
+    assert_eq!(good.facts.rounds.len(), 1);
+    // Without the option it is refused, untouched.
+    let strict = Options { post_copy: false, ..post_copy_job().options };
+    let refused = Job { options: strict, ..job() };
+    let (refused, world) = drive_job(refused, CALM, true, "write_protect", &mut rng);
+    check_end(&refused, &world);
+    assert_eq!(refused.fault.map(|fault| fault.code), Some(code::CANNOT_CONVERGE));
+    assert!(!refused.attempted.contains(&Effect::Freeze));
+}
+
+#[test]
+fn a_source_that_is_lost_before_it_has_paid_undoes_the_target_and_goes_on() {
+    for victim in [Effect::Restore, Effect::Verify] {
+        for lost in [false, true] {
+            let (record, world) = drive_with_victim(post_copy_job(), victim, lost);
+            assert!(record.is_post_copy());
+            assert_eq!(
+                (record.outcome, world.target),
+                (Some(Outcome::RolledBack), Target::Absent),
+                "{victim}"
+            );
+            check_end(&record, &world);
+        }
+    }
+    let (record, mut world, todo) = entered_job(Phase::Verify, post_copy_job());
+    world.open.remove("source pages");
+    let (step, verify) = todo[0];
+    let fault = world.perform(step, verify, &record).unwrap_err();
+    let Transition { next, effects } = record.step(Event::Failed(step, fault), Micros(2)).unwrap();
+    let effects: Vec<Effect> = effects.into_iter().map(|(_, effect)| effect).collect();
+    assert_eq!((next.phase, effects), (Phase::Fence, vec![Effect::UndoTarget]));
+    assert_eq!(next.fault.map(|fault| fault.code), Some(code::POST_COPY_FAILED));
+    assert!(record.step(Event::Cancelled, Micros(2)).is_err(), "it may have answered clients");
+}
+
+fn drive_with_victim(job: Job, victim: Effect, lost: bool) -> (Migration, World) {
     let mut world = World::new(false, "write_protect");
     let Transition { mut next, effects: mut todo } =
-        Migration::accept(job(), Token::generate(), CoordinatorId::generate(), Micros(0));
+        Migration::accept(job, Token::generate(), CoordinatorId::generate(), Micros(0));
     while let Some((step, effect)) = todo.pop() {
         let event = if effect == victim {
             if lost {
@@ -417,8 +509,11 @@ fn drive_with_victim(victim: Effect, lost: bool) -> (Migration, World) {
 
 /// A world in which everything succeeds, up to the moment when `phase` has been entered.
 fn entered(phase: Phase, options: Options) -> (Migration, World, Vec<(Step, Effect)>) {
+    entered_job(phase, Job { options, ..job() })
+}
+
+fn entered_job(phase: Phase, job: Job) -> (Migration, World, Vec<(Step, Effect)>) {
     let mut world = World::new(true, "write_protect");
-    let job = Job { options, ..job() };
     let Transition { mut next, effects: mut todo } =
         Migration::accept(job, Token::generate(), CoordinatorId::generate(), Micros(0));
     while next.phase != phase {
@@ -472,7 +567,7 @@ fn time_matters_only_while_the_source_alone_decides() {
 #[test]
 fn a_container_is_known_by_its_name_wherever_it_is_refused() {
     for victim in [Effect::Locate, Effect::Inspect, Effect::Check] {
-        let (record, _) = drive_with_victim(victim, false);
+        let (record, _) = drive_with_victim(job(), victim, false);
         assert_eq!((record.outcome, record.name()), (Some(Outcome::RolledBack), "web"), "{victim}");
     }
 }

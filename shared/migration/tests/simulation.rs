@@ -198,7 +198,9 @@ impl Simulation {
             match decide(&self.rounds, &[], &self.options, FIXED, elapsed(&self.world)) {
                 Decision::Again => {}
                 Decision::Freeze(_) => break,
-                Decision::Refuse(_) | Decision::SlowDown(_) => unreachable!("not asked for"),
+                Decision::PostCopy(_) | Decision::Refuse(_) | Decision::SlowDown(_) => {
+                    unreachable!("not asked for")
+                }
             }
         }
         self.world.run(PREPARE);
@@ -209,7 +211,9 @@ impl Simulation {
             match settle(&self.rounds, settling, &[], &self.options, FIXED, elapsed(&self.world)) {
                 Decision::Again => {}
                 Decision::Freeze(why) => break why,
-                Decision::Refuse(_) | Decision::SlowDown(_) => unreachable!("not asked for"),
+                Decision::PostCopy(_) | Decision::Refuse(_) | Decision::SlowDown(_) => {
+                    unreachable!("not asked for")
+                }
             }
         };
         self.world.run(0.01);

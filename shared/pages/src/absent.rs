@@ -31,6 +31,8 @@ impl Missing {
 pub(crate) struct Absent {
     /// By the first page of each run as it is now: how many pages, and where they were. Runs do not overlap.
     runs: BTreeMap<PageNo, (u64, PageNo)>,
+    /// Of the runs that have moved: the first page of each as it is now, by where it was.
+    moved: BTreeMap<PageNo, PageNo>,
     pages: u64,
 }
 
@@ -45,9 +47,13 @@ impl Absent {
         self.put(Missing { now: range, then: range.start() });
     }
 
-    fn put(&mut self, run: Missing) {
+    /// These pages are missing. They must not be known yet.
+    pub(crate) fn put(&mut self, run: Missing) {
         self.pages += run.now.count();
         self.runs.insert(run.now.start(), (run.now.count(), run.then));
+        if run.then != run.now.start() {
+            self.moved.insert(run.then, run.now.start());
+        }
     }
 
     /// The first run of missing pages that has a page in `range`: its part in there.
@@ -81,6 +87,30 @@ impl Absent {
         }
     }
 
+    /// Takes out what is missing of the pages that were in `range` when they were dumped, wherever they are now.
+    pub(crate) fn take_dumped(&mut self, range: PageRange) -> Vec<Missing> {
+        let mut found = Vec::new();
+        let mut rest = Some(range);
+        while let Some(run) = rest.and_then(|rest| self.next_in(rest)) {
+            rest = PageRange::new(run.now.end(), range.end());
+            if run.then == run.now.start() {
+                found.push(run);
+            }
+        }
+        let before = self.moved.range(..range.start()).next_back();
+        let moved = before.into_iter().chain(self.moved.range(range.start()..range.end()));
+        for (then, now) in moved {
+            let Some((count, _)) = self.runs.get(now) else { continue };
+            let dumped = PageRange::with_count(*then, *count).and_then(|dumped| dumped.intersect(range));
+            let Some(dumped) = dumped else { continue };
+            let start = PageNo(now.0 + (dumped.start().0 - then.0));
+            let now = PageRange::with_count(start, dumped.count());
+            found.extend(now.map(|now| Missing { now, then: dumped.start() }));
+        }
+        found.iter().for_each(|run| self.remove(run.now));
+        found
+    }
+
     fn take(&mut self, range: PageRange) -> Vec<Missing> {
         let mut taken = Vec::new();
         while let Some(part) = self.next_in(range) {
@@ -89,6 +119,9 @@ impl Absent {
             };
             let Some(run) = whole((start, &(*count, *then))) else { break };
             self.runs.remove(&run.now.start());
+            if run.then != run.now.start() {
+                self.moved.remove(&run.then);
+            }
             self.pages -= run.now.count();
             let sides = [
                 PageRange::new(run.now.start(), part.now.start()),
@@ -118,6 +151,7 @@ mod tests {
     enum Step {
         Remove(PageRange),
         Move(PageRange, u64),
+        TakeDumped(PageRange),
     }
 
     fn any_range() -> impl Strategy<Value = PageRange> {
@@ -129,6 +163,7 @@ mod tests {
             any_range().prop_map(Step::Remove),
             (any_range(), 100..160_u64).prop_map(|(from, to)| Step::Move(from, to)),
             (any_range(), 0..60_u64).prop_map(|(from, to)| Step::Move(from, to)),
+            any_range().prop_map(Step::TakeDumped),
         ]
     }
 
@@ -155,6 +190,18 @@ mod tests {
                     Step::Remove(range) => {
                         absent.remove(range);
                         model.retain(|page, _| !(range.start().0..range.end().0).contains(page));
+                    }
+                    Step::TakeDumped(range) => {
+                        let dumped = |then: &u64| (range.start().0..range.end().0).contains(then);
+                        let mut taken = BTreeMap::new();
+                        for run in absent.take_dumped(range) {
+                            let pages = (0..run.now.count()).map(|n| (run.now.start().0 + n, run.then.0 + n));
+                            taken.extend(pages);
+                        }
+                        let (gone, stay): (BTreeMap<u64, u64>, BTreeMap<u64, u64>) =
+                            model.into_iter().partition(|(_, then)| dumped(then));
+                        prop_assert_eq!(taken, gone);
+                        model = stay;
                     }
                     Step::Move(from, to) => {
                         // The kernel moves nothing onto itself.

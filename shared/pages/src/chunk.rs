@@ -65,8 +65,21 @@ pub(crate) struct Chunk {
     pub(crate) latest: u32,
     /// Pages that are stored.
     pub(crate) present: Bits,
-    /// Those of them whose bytes are in the data file; the others are zero.
+    /// Those of them whose bytes are in the data file; the others are zero, unless they are owed.
     pub(crate) data: Bits,
+    /// Those of them whose bytes are still to come from the source.
+    pub(crate) owed: Bits,
+}
+
+/// What a store has of a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kept {
+    /// Its bytes, in the data file.
+    InFile,
+    /// That it is zero.
+    Zero,
+    /// That it exists: its bytes are still to come.
+    Owed,
 }
 
 /// Part of a range within one chunk.
@@ -101,20 +114,31 @@ impl Piece {
 }
 
 impl Chunk {
-    /// The stored pages of chunk number `index`, in runs that are alike: in the data file, or zero.
-    pub(crate) fn runs(&self, index: u64) -> impl Iterator<Item = (PageRange, bool)> + '_ {
+    /// What is kept of a page that is present.
+    fn kept(&self, page: u64) -> Kept {
+        if self.owed.contains(page) {
+            Kept::Owed
+        } else if self.data.contains(page) {
+            Kept::InFile
+        } else {
+            Kept::Zero
+        }
+    }
+
+    /// The stored pages of chunk number `index`, in runs that are alike.
+    pub(crate) fn runs(&self, index: u64) -> impl Iterator<Item = (PageRange, Kept)> + '_ {
         let mut page = 0;
         std::iter::from_fn(move || {
             while page < CHUNK_PAGES && !self.present.contains(page) {
                 page += 1;
             }
             let start = page;
-            let in_file = self.data.contains(start);
-            while page < CHUNK_PAGES && self.present.contains(page) && self.data.contains(page) == in_file {
+            let kept = self.kept(start);
+            while page < CHUNK_PAGES && self.present.contains(page) && self.kept(page) == kept {
                 page += 1;
             }
             let first = PageNo(index * CHUNK_PAGES + start);
-            Some((PageRange::with_count(first, page - start)?, in_file))
+            Some((PageRange::with_count(first, page - start)?, kept))
         })
     }
 }

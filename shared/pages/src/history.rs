@@ -94,6 +94,24 @@ impl History {
         }
     }
 
+    /// The pages of `of` in runs of one pattern, ascending.
+    pub fn runs(&self, of: &RangeSet) -> Vec<(Pattern, PageRange)> {
+        let mut runs: Vec<(Pattern, PageRange)> = Vec::new();
+        for (number, part) in of.iter().flat_map(parts) {
+            let Some(chunk) = self.chunks.get(&number) else {
+                runs.push((0, part));
+                continue;
+            };
+            let mut start = part.start();
+            for alike in slice(chunk, part).chunk_by(|a, b| a == b) {
+                let run = PageRange::with_count(start, alike.len() as u64);
+                runs.extend(alike.first().copied().zip(run));
+                start = PageNo(start.0 + alike.len() as u64);
+            }
+        }
+        runs
+    }
+
     /// The pages of `of` whose pattern `choose` wants. It is asked once for each, in ascending order.
     pub fn select(&self, of: &RangeSet, mut choose: impl FnMut(Pattern) -> bool) -> RangeSet {
         let mut chosen = RangeSet::new();

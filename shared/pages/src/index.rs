@@ -1,9 +1,10 @@
 //! The index of a sealed store: which page lies where.
 //!
 //! ```text
-//! "HAULIDX2", processes u32, slots u32
+//! "HAULIDX3", processes u32, slots u32
 //!   per process: vpid u32, chunks u32, generation u64
-//!     per chunk: number u64, slot u32 (all ones: none), latest round u32, pages stored 64 bytes, pages in the data file 64 bytes
+//!     per chunk: number u64, slot u32 (all ones: none), latest round u32, pages stored 64 bytes, pages in the data file
+//!                64 bytes, pages owed 64 bytes
 //! CRC-32 of everything before it, u32
 //! ```
 //! All numbers little-endian; a chunk is 2 MiB of address space, its slot 2 MiB of the data file; page n of a chunk is
@@ -15,7 +16,7 @@ use crate::chunk::{Bits, CHUNK_PAGES, Chunk};
 use crate::process::{Generation, Vpid};
 use crate::range::PageNo;
 
-const MAGIC: [u8; 8] = *b"HAULIDX2";
+const MAGIC: [u8; 8] = *b"HAULIDX3";
 const NO_SLOT: u32 = u32::MAX;
 
 /// An index that is not one, or damaged.
@@ -51,6 +52,11 @@ pub(crate) struct Index {
 }
 
 impl Index {
+    /// The chunks of all processes.
+    pub(crate) fn chunks(&self) -> impl Iterator<Item = &Chunk> {
+        self.processes.values().flat_map(|stored| stored.chunks.values())
+    }
+
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut bytes = MAGIC.to_vec();
         bytes.extend((self.processes.len() as u32).to_le_bytes());
@@ -63,7 +69,7 @@ impl Index {
                 bytes.extend(number.to_le_bytes());
                 bytes.extend(chunk.slot.unwrap_or(NO_SLOT).to_le_bytes());
                 bytes.extend(chunk.latest.to_le_bytes());
-                let words = chunk.present.0.iter().chain(&chunk.data.0);
+                let words = chunk.present.0.iter().chain(&chunk.data.0).chain(&chunk.owed.0);
                 bytes.extend(words.flat_map(|word| word.to_le_bytes()));
             }
         }
@@ -124,8 +130,8 @@ impl Reader<'_> {
     fn chunk(&mut self, slots: u32) -> Result<(u64, Chunk), IndexError> {
         let (number, slot, latest) = (self.u64()?, self.u32()?, self.u32()?);
         let slot = (slot != NO_SLOT).then_some(slot);
-        let chunk = Chunk { slot, latest, present: self.bits()?, data: self.bits()? };
-        let homeless = slot.is_none() && !chunk.data.is_empty();
+        let chunk = Chunk { slot, latest, present: self.bits()?, data: self.bits()?, owed: self.bits()? };
+        let homeless = slot.is_none() && !chunk.data.or(chunk.owed).is_empty();
         if number >= PageNo::END.0.div_ceil(CHUNK_PAGES) || slot.is_some_and(|slot| slot >= slots) || homeless
         {
             return Err(IndexError::Chunk(number));
@@ -140,8 +146,9 @@ mod tests {
     use proptest::prelude::*;
 
     fn index() -> Index {
-        let zero = Chunk { slot: None, latest: 0, present: Bits([5; 8]), data: Bits::default() };
-        let full = Chunk { slot: Some(3), latest: 7, present: Bits([u64::MAX; 8]), data: Bits([9; 8]) };
+        let zero = Chunk { present: Bits([5; 8]), ..Chunk::default() };
+        let (data, owed) = (Bits([9; 8]), Bits([6; 8]));
+        let full = Chunk { slot: Some(3), latest: 7, present: Bits([u64::MAX; 8]), data, owed };
         let stored = Stored { generation: Generation(77), chunks: [(4, zero), (9, full)].into() };
         let empty = Stored { generation: Generation(1), chunks: BTreeMap::new() };
         Index { processes: [(Vpid(1), stored), (Vpid(2), empty)].into(), slots: 4 }

@@ -14,9 +14,9 @@
 
 use std::time::{Duration, Instant};
 
-use crate::history::{Census, History};
+use crate::history::{Census, History, Pattern};
 use crate::policy::{Quota, Selection, TransferPolicy};
-use crate::range::RangeSet;
+use crate::range::{PageRange, RangeSet};
 use crate::track::{Collected, Forgotten};
 
 /// How long a device may take to fill a page that was pinned for it. Far above what a working disk takes.
@@ -94,6 +94,11 @@ impl Ledger {
         let owed = exists.subtract(&self.known.intersect(unwritten));
         let unsure = self.recent.iter().filter(|_| self.direct_io);
         unsure.fold(owed, |owed, (_, pages)| owed.union(&pages.intersect(exists)))
+    }
+
+    /// The pages of `of` in runs that were written in the same rounds, ascending.
+    pub fn runs(&self, of: &RangeSet) -> Vec<(Pattern, PageRange)> {
+        self.history.runs(of)
     }
 
     /// Pages found dirty and not sent.

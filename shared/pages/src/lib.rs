@@ -12,13 +12,15 @@
 //!                    gather ─► known ─► encode ═ bytes ══════► frame, codec ─► store ─► sealed ─► serve
 //!  [source: SourceEngine]                                      [target: TargetEngine]  [the restorer: PageServer]
 //!                    manifest: exactly the pages that exist at the freeze ═════►
+//!                    owed: what of them follows when the container runs on the target ═════► link ─► serve
 //! ```
 //!
 //! # What must hold
 //! - A page is left out at the freeze only if its mapping is still registered by us, the kernel says it was not written,
 //!   and it was sent since it was last protected. Everything else that exists is sent.
 //! - After [`target::TargetEngine::finish`] the store holds exactly the pages of the manifest, each with the bytes it
-//!   had at the freeze.
+//!   had at the freeze. After [`target::TargetEngine::finish_owing`] it does but for those that are owed, which nobody
+//!   can read before they have come.
 
 mod absent;
 pub mod adaptive;
@@ -34,17 +36,20 @@ pub mod in_flight;
 mod index;
 pub mod known;
 pub mod ledger;
+pub mod link;
 pub mod manifest;
 pub mod maps;
 mod named;
 pub mod none;
 pub mod obstacle;
+pub mod owed;
 pub mod policy;
 pub mod process;
 pub mod range;
 pub mod sealed;
 pub mod serve;
 pub mod source;
+mod space;
 pub mod store;
 pub mod target;
 pub mod track;

@@ -8,13 +8,13 @@ use std::path::{Path, PathBuf};
 use haulage_sys::PAGE_BYTES;
 use haulage_sys::lazy::FileSource;
 
-use crate::chunk::{CHUNK_PAGES, Chunk, Piece};
+use crate::chunk::{CHUNK_PAGES, Chunk, Kept, Piece};
 use crate::index::Index;
 use crate::process::{Generation, Vpid};
 use crate::range::{PageNo, PageRange, RangeSet};
 use crate::store::{DATA_FILE, INDEX_FILE, SLOT_BYTES, StoreError, offset, pages_of};
 
-/// A store that is complete and only read.
+/// A store that is complete and only read, but for the bytes of pages that the source still owes.
 #[derive(Debug)]
 pub struct SealedStore {
     data: File,
@@ -30,6 +30,8 @@ pub(crate) struct FilledChunk {
     pub(crate) latest: u32,
     /// Its pages that are not zeros.
     pub(crate) data: Vec<PageRange>,
+    /// Its pages whose bytes are still to come.
+    pub(crate) owed: Vec<PageRange>,
 }
 
 /// Adjacent stored pages of one kind.
@@ -49,7 +51,9 @@ impl SealedStore {
         let bytes = fs::read(&path).map_err(|source| StoreError::Io { path, source })?;
         let index = Index::decode(&bytes)?;
         let path = dir.join(DATA_FILE);
-        let opened = File::open(&path).and_then(|data| Ok((data.metadata()?.len(), data)));
+        let incomplete = index.chunks().any(|chunk| !chunk.owed.is_empty());
+        let opened = File::options().read(true).write(incomplete).open(&path);
+        let opened = opened.and_then(|data| Ok((data.metadata()?.len(), data)));
         let (length, data) = opened.map_err(|source| StoreError::Io { path: path.clone(), source })?;
         if length < u64::from(index.slots) * SLOT_BYTES {
             return Err(crate::index::IndexError::Length.into());
@@ -65,6 +69,67 @@ impl SealedStore {
     /// The pages of one process; none of a process that is not listed.
     pub fn pages(&self, vpid: Vpid) -> RangeSet {
         pages_of(self.index.processes.get(&vpid))
+    }
+
+    /// Pages whose bytes are still to come, over all processes.
+    pub fn owed(&self) -> u64 {
+        self.index.chunks().map(|chunk| chunk.owed.count()).sum()
+    }
+
+    /// The generation of process `vpid`; `None` of one that is not listed.
+    pub(crate) fn generation(&self, vpid: Vpid) -> Option<Generation> {
+        self.index.processes.get(&vpid).map(|stored| stored.generation)
+    }
+
+    /// Those of the pages of `range` whose bytes are still to come, of process `vpid` of that generation; `None` of one
+    /// that is not listed.
+    pub(crate) fn still_owed(
+        &self,
+        vpid: Vpid,
+        generation: Generation,
+        range: PageRange,
+    ) -> Option<Vec<PageRange>> {
+        let stored = self.index.processes.get(&vpid).filter(|stored| stored.generation == generation)?;
+        let mut owed = Vec::new();
+        for piece in Piece::of(range) {
+            let Some(chunk) = stored.chunks.get(&piece.chunk) else { continue };
+            let here = Chunk { present: chunk.owed.and(piece.bits()), ..Chunk::default() };
+            owed.extend(here.runs(piece.chunk).map(|(run, _)| run));
+        }
+        Some(owed)
+    }
+
+    /// Takes in the bytes of pages that were owed; `None` for zeros.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`] when they were not owed; the pages before those have been taken in then.
+    pub(crate) fn settle(
+        &mut self,
+        vpid: Vpid,
+        range: PageRange,
+        bytes: Option<&[u8]>,
+    ) -> Result<(), StoreError> {
+        let mut rest = bytes;
+        for piece in Piece::of(range) {
+            let chunk = self.index.processes.get_mut(&vpid);
+            let chunk = chunk.and_then(|stored| stored.chunks.get_mut(&piece.chunk));
+            let chunk = chunk.filter(|chunk| piece.bits().and_not(chunk.owed).is_empty());
+            let Some((chunk, slot)) = chunk.and_then(|chunk| chunk.slot.map(|slot| (chunk, slot))) else {
+                return Err(StoreError::Missing { vpid, range: piece.range });
+            };
+            if let Some(bytes) = rest {
+                let length = piece.range.count() as usize * PAGE_BYTES;
+                let Some((here, after)) = bytes.split_at_checked(length) else {
+                    return Err(StoreError::Length { pages: range.count(), found: bytes.len() });
+                };
+                rest = Some(after);
+                let written = self.data.write_all_at(here, offset(slot, piece.first()));
+                written.map_err(|source| StoreError::Io { path: self.path.clone(), source })?;
+                chunk.data = chunk.data.or(piece.bits());
+            }
+            chunk.owed = chunk.owed.and_not(piece.bits());
+        }
+        Ok(())
     }
 
     /// Reads the pages of `range` into `buffer`, whose length is theirs.
@@ -106,13 +171,17 @@ impl SealedStore {
     /// The chunks of a process that hold more than zeros; `None` of a process that is not listed.
     pub(crate) fn filled(&self, vpid: Vpid) -> Option<Vec<FilledChunk>> {
         let chunks = &self.index.processes.get(&vpid)?.chunks;
-        let filled =
-            chunks.iter().filter(|(_, chunk)| !chunk.data.is_empty()).filter_map(|(number, chunk)| {
+        let filled = chunks.iter().filter(|(_, chunk)| !chunk.data.or(chunk.owed).is_empty()).filter_map(
+            |(number, chunk)| {
                 let whole = PageRange::with_count(PageNo(number * CHUNK_PAGES), CHUNK_PAGES)?;
-                let data =
-                    chunk.runs(*number).filter(|(_, in_file)| *in_file).map(|(range, _)| range).collect();
-                Some(FilledChunk { whole, latest: chunk.latest, data })
-            });
+                let all = |wanted| {
+                    let alike = chunk.runs(*number).filter(move |(_, kept)| *kept == wanted);
+                    alike.map(|(range, _)| range).collect()
+                };
+                let (data, owed) = (all(Kept::InFile), all(Kept::Owed));
+                Some(FilledChunk { whole, latest: chunk.latest, data, owed })
+            },
+        );
         Some(filled.collect())
     }
 
@@ -149,10 +218,11 @@ impl SealedStore {
             let range = missing.runs(piece.chunk).next().map_or(piece.range, |(range, _)| range);
             return Err(StoreError::Missing { vpid, range });
         }
-        for (run, in_file) in chunk.runs(piece.chunk) {
+        for (run, kept) in chunk.runs(piece.chunk) {
             let Some(part) = run.intersect(piece.range) else { continue };
-            let kind = match (in_file, chunk.slot) {
-                (true, Some(slot)) => Kind::At(offset(slot, part.start().0 % CHUNK_PAGES)),
+            let kind = match (kept, chunk.slot) {
+                (Kept::InFile, Some(slot)) => Kind::At(offset(slot, part.start().0 % CHUNK_PAGES)),
+                (Kept::Owed, _) => return Err(StoreError::Missing { vpid, range: part }),
                 _ => Kind::Zero,
             };
             with(part, kind)?;

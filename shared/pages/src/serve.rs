@@ -5,8 +5,11 @@
 //!   restoring process ── userfaultfd ──▶ adopt
 //!   faults, forks, moves, removals   ──▶ handle ──▶ pages in place, new spaces
 //!   nobody waits                     ──▶ fill   ──▶ a piece more
+//!   pages that the source owed       ──▶ arrive ──▶ whoever waits for them, first
 //!   nothing is missing               ──▶ drop: the process owns its memory like any other
 //! ```
+//!
+//! What the source still owes is asked for when it is touched ([`PageServer::take_asks`]), with its neighbours.
 //!
 //! A page that the store does not have, or has as zeros, is one of zeros; those are never filled in advance, since
 //! that is what the kernel gives for them once the server has let go.
@@ -16,12 +19,15 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use haulage_sys::CallError;
 use haulage_sys::PAGE_SIZE;
-use haulage_sys::lazy::{Event, FileSource, Filled, MissingMemory};
+use haulage_sys::lazy::{FileSource, Filled, MissingMemory};
 
 use crate::absent::{Absent, Missing};
+use crate::frame::Batch;
+use crate::owed::Ask;
 use crate::process::Vpid;
 use crate::range::{PageNo, PageRange, RangeSet};
 use crate::sealed::SealedStore;
+use crate::space::Space;
 use crate::store::StoreError;
 
 /// Pages that are put in place around one that was touched (64 KiB): large copies are 8 times as fast as single ones.
@@ -53,15 +59,6 @@ pub enum ServeError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SpaceId(pub u64);
 
-#[derive(Debug)]
-struct Space {
-    vpid: Vpid,
-    memory: MissingMemory,
-    absent: Absent,
-    /// Pages that threads wait for and that could not be put in place yet.
-    waiting: Vec<PageNo>,
-}
-
 /// What was done so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Served {
@@ -71,6 +68,10 @@ pub struct Served {
     pub on_demand: u64,
     /// Pages that were put in place in the background.
     pub in_background: u64,
+    /// Pages that the source had owed and sent because they were asked for.
+    pub pulled: u64,
+    /// Pages that the source had owed and sent unasked.
+    pub pushed: u64,
 }
 
 /// Fills the memory of the processes of one container from a sealed store.
@@ -83,6 +84,10 @@ pub struct PageServer {
     plan: Vec<(SpaceId, PageRange)>,
     last_id: u64,
     served: Served,
+    /// What was asked of the source, by where it was when it was dumped.
+    asked: BTreeMap<Vpid, RangeSet>,
+    /// What is to be asked.
+    asks: Vec<Ask>,
 }
 
 impl PageServer {
@@ -93,7 +98,8 @@ impl PageServer {
     pub fn new(store: SealedStore) -> Result<Self, StoreError> {
         let source = store.map()?;
         let (spaces, plan) = (BTreeMap::new(), Vec::new());
-        Ok(Self { store, source, spaces, plan, last_id: 0, served: Served::default() })
+        let (served, asked, asks) = (Served::default(), BTreeMap::new(), Vec::new());
+        Ok(Self { store, source, spaces, plan, last_id: 0, served, asked, asks })
     }
 
     /// Takes on process `vpid`, which has nothing in place of what is stored of the mappings in `lazy`, and the rest.
@@ -109,17 +115,19 @@ impl PageServer {
         if self.spaces.values().any(|space| space.vpid == vpid) {
             return Err(ServeError::Stranger(vpid));
         }
-        let mut absent = Absent::default();
         let id = self.new_id();
         let mut chunks = self.store.filled(vpid).ok_or(ServeError::Stranger(vpid))?;
-        let mut data = RangeSet::new();
+        let (mut data, mut due) = (RangeSet::new(), RangeSet::new());
         for chunk in &chunks {
             chunk.data.iter().for_each(|run| data.insert(*run));
+            chunk.owed.iter().for_each(|run| due.insert(*run));
         }
+        let (mut absent, mut owed) = (Absent::default(), Absent::default());
         data.intersect(lazy).iter().for_each(|run| absent.insert(run));
+        due.intersect(lazy).iter().for_each(|run| owed.insert(run));
         chunks.sort_by_key(|chunk| chunk.latest);
         self.plan.extend(chunks.iter().map(|chunk| (id, chunk.whole)));
-        self.spaces.insert(id, Space { vpid, memory, absent, waiting: Vec::new() });
+        self.spaces.insert(id, Space::new(vpid, memory, absent, owed));
         Ok(id)
     }
 
@@ -135,7 +143,53 @@ impl PageServer {
 
     /// Pages that are missing, of all processes.
     pub fn missing(&self) -> u64 {
-        self.spaces.values().map(|space| space.absent.pages()).sum()
+        self.spaces.values().map(|space| space.absent.pages() + space.owed.pages()).sum()
+    }
+
+    /// Whether pages are missing that the source has not sent yet.
+    pub fn is_owed(&self) -> bool {
+        self.spaces.values().any(|space| space.owed.pages() > 0)
+    }
+
+    /// What is to be asked of the source, in the order in which it was touched.
+    pub fn take_asks(&mut self) -> Vec<Ask> {
+        std::mem::take(&mut self.asks)
+    }
+
+    /// Takes in what the source has sent; what was not owed any more is left alone.
+    ///
+    /// # Errors
+    /// See [`ServeError`]; [`ServeError::Stranger`] when it is of a process that the store does not know.
+    pub fn arrive(&mut self, batch: &Batch<'_>) -> Result<(), ServeError> {
+        let vpid = batch.vpid;
+        for (run, bytes) in batch.pieces() {
+            let owed = self.store.still_owed(vpid, batch.generation, run.range);
+            for part in owed.ok_or(ServeError::Stranger(vpid))? {
+                let from = ((part.start().0 - run.range.start().0) * PAGE_SIZE) as usize;
+                let here = bytes.get(from..from + (part.count() * PAGE_SIZE) as usize).unwrap_or_default();
+                self.store.settle(vpid, part, (!run.zero).then_some(here))?;
+                let asked = self.asked.get(&vpid).map_or(0, |asked| overlap(asked, part));
+                self.served.pulled += asked;
+                self.served.pushed += part.count() - asked;
+                let spaces = self.spaces.values_mut().filter(|space| space.vpid == vpid);
+                spaces.for_each(|space| space.receive(part, run.zero));
+            }
+        }
+        let ids: Vec<SpaceId> = self.spaces.keys().copied().collect();
+        for id in ids {
+            self.serve_waiting(id)?;
+        }
+        Ok(())
+    }
+
+    fn serve_waiting(&mut self, id: SpaceId) -> Result<(), ServeError> {
+        let waiting = self.spaces.get_mut(&id).map(|space| std::mem::take(&mut space.waiting));
+        waiting.unwrap_or_default().into_iter().try_for_each(|page| self.serve(id, page))
+    }
+
+    /// What is served from.
+    pub fn store(&self) -> &SealedStore {
+        &self.store
     }
 
     /// What was done so far.
@@ -157,10 +211,7 @@ impl PageServer {
                 born.extend(space.obey(event));
             }
             // In the order of the kernel: faults were read before events that may concern their pages.
-            let waiting = std::mem::take(&mut space.waiting);
-            for page in waiting {
-                self.serve(id, page)?;
-            }
+            self.serve_waiting(id)?;
             if nothing_new {
                 break;
             }
@@ -201,15 +252,48 @@ impl PageServer {
             }
         }
         let Some(space) = self.spaces.get_mut(&id) else { return Ok(()) };
+        if space.owed.next_in(alone).is_some() {
+            self.wait_for_source(id, page, around.unwrap_or(alone));
+            return Ok(());
+        }
         let vpid = space.vpid;
         let zeroed = space.memory.zero(page.address(), PAGE_SIZE);
         match zeroed.map_err(|source| ServeError::Kernel { vpid, source })? {
             Filled::Stopped => space.waiting.push(page),
             Filled::Gone => drop(self.spaces.remove(&id)),
             Filled::Bytes(_) => self.served.faults += 1,
-            Filled::Present | Filled::Unmapped => {}
+            // It has moved or gone while a thread waited: that one shall look again.
+            Filled::Unmapped => {
+                space
+                    .memory
+                    .wake(page.address(), PAGE_SIZE)
+                    .map_err(|source| ServeError::Kernel { vpid, source })?;
+            }
+            Filled::Present => {}
         }
         Ok(())
+    }
+
+    /// Somebody waits for `page`, which the source owes: it is asked for, with what is owed `around` it.
+    fn wait_for_source(&mut self, id: SpaceId, page: PageNo, around: PageRange) {
+        let Some(space) = self.spaces.get_mut(&id) else { return };
+        space.blocked.push(page);
+        let vpid = space.vpid;
+        let Some(generation) = self.store.generation(vpid) else { return };
+        let asked = self.asked.entry(vpid).or_default();
+        let mut rest = Some(around);
+        while let Some(run) = rest.and_then(|rest| space.owed.next_in(rest)) {
+            rest = PageRange::new(run.now.end(), around.end());
+            let Some(then) = PageRange::with_count(run.then, run.now.count()) else { continue };
+            for pages in RangeSet::from_iter([then]).subtract(asked).iter() {
+                asked.insert(pages);
+                let ask = Ask { vpid, generation, pages };
+                // What is waited for goes before its neighbours.
+                let first = run.now.start() <= page && page < run.now.end();
+                let place = if first { 0 } else { self.asks.len() };
+                self.asks.insert(place, ask);
+            }
+        }
     }
 
     /// Fills one more piece in the background.
@@ -227,6 +311,7 @@ impl PageServer {
         let left = self.spaces.iter().find_map(|(id, space)| Some((*id, space.absent.next()?)));
         match left {
             Some((id, run)) => self.fill_some(id, run),
+            None if self.is_owed() => Ok(Progress::Owed),
             None => Ok(Progress::Complete),
         }
     }
@@ -270,6 +355,14 @@ impl PageServer {
     }
 }
 
+/// How many pages of `range` are in `set`.
+fn overlap(set: &RangeSet, range: PageRange) -> u64 {
+    match set.overlaps(range) {
+        true => set.intersect(&RangeSet::from_iter([range])).page_count(),
+        false => 0,
+    }
+}
+
 /// How the background fares.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Progress {
@@ -277,34 +370,8 @@ pub enum Progress {
     Some,
     /// Events have to be handled first.
     Stopped,
+    /// What is missing is still to come from the source.
+    Owed,
     /// Nothing is missing.
     Complete,
-}
-
-impl Space {
-    /// A child, if that is what happened.
-    fn obey(&mut self, event: Event) -> Option<Space> {
-        match event {
-            Event::Fault { address } => self.waiting.push(PageNo::containing(address)),
-            Event::Fork(memory) => {
-                return Some(Self {
-                    vpid: self.vpid,
-                    memory,
-                    absent: self.absent.clone(),
-                    waiting: Vec::new(),
-                });
-            }
-            Event::Remap { from, to, len } => {
-                if let Some(range) = PageRange::of_addresses(from..from.saturating_add(len)) {
-                    self.absent.relocate(range, PageNo::containing(to));
-                }
-            }
-            Event::Remove { start, end } | Event::Unmap { start, end } => {
-                if let Some(range) = PageRange::of_addresses(start..end) {
-                    self.absent.remove(range);
-                }
-            }
-        }
-        None
-    }
 }

@@ -20,6 +20,7 @@ use crate::history::Census;
 use crate::ledger::Ledger;
 use crate::manifest::{FinalManifest, ManifestProcess};
 use crate::none::NoTracking;
+use crate::owed::{self, Frozen, Owed};
 use crate::policy::{Pace, Quota, TransferPolicy};
 use crate::process::{self, Generation, ListError, Process, Vpid};
 use crate::range::RangeSet;
@@ -61,6 +62,15 @@ pub enum SourceError {
     /// The sink ended the final round.
     #[error("final round was stopped")]
     Stopped,
+    /// Which mappings are locked cannot be known.
+    #[error("mappings of process {vpid} cannot be known")]
+    Mappings {
+        /// Whose.
+        vpid: Vpid,
+        /// What happened.
+        #[source]
+        source: std::io::Error,
+    },
 }
 
 /// How to choose.
@@ -319,6 +329,45 @@ impl SourceEngine {
     /// # Errors
     /// When the container is not frozen, or anything cannot be known or read: a copy is whole or an error.
     pub fn final_round(&mut self, sink: Sink<'_>) -> Result<(FinalManifest, RoundReport), SourceError> {
+        let LastLook { manifest, wanted, mut report } = self.last_look()?;
+        for Wanted { process, pages, .. } in wanted {
+            self.deliver(process, &pages, sink, &mut report)?;
+        }
+        Ok((manifest, report))
+    }
+
+    /// As [`Self::final_round`], but what the target can do without for a while is not sent: it is owed, and is read for as
+    /// long as the container stands still.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn final_round_owing(
+        &mut self,
+        sink: Sink<'_>,
+    ) -> Result<(FinalManifest, Owed, RoundReport), SourceError> {
+        let LastLook { manifest, wanted, mut report } = self.last_look()?;
+        let mut owed = Owed::new(self.round);
+        let none = Ledger::default();
+        for Wanted { process, pages, unwritten } in wanted {
+            let later = owed::can_come_later(process);
+            let later = later.map_err(|source| SourceError::Mappings { vpid: process.vpid, source })?;
+            self.deliver(process, &pages.subtract(&later), sink, &mut report)?;
+            let ledger = self.ledgers.get(&key_of(process)).unwrap_or(&none);
+            let later = pages.intersect(&later);
+            owed.owe(process, &ledger.runs(&later.subtract(&unwritten)), true);
+            owed.owe(process, &ledger.runs(&later.intersect(&unwritten)), false);
+        }
+        owed.sort();
+        Ok((manifest, owed, report))
+    }
+
+    /// What is needed to read what is owed.
+    pub fn frozen(&self) -> Frozen {
+        Frozen::new(self.freezer.clone(), &self.cgroup_procs)
+    }
+
+    /// The frozen container's truth, and what the target does not have of it.
+    fn last_look(&mut self) -> Result<LastLook, SourceError> {
         self.round += 1;
         let mut report = RoundReport { round: self.round, ..RoundReport::default() };
         let started = Instant::now();
@@ -334,26 +383,50 @@ impl SourceEngine {
         for scan in scans {
             let process = scan.process;
             let ledger = self.ledgers.get(&key_of(process)).unwrap_or(&none);
-            wanted.push((process, ledger.owed(&scan.exists, &scan.unwritten)));
+            let pages = ledger.owed(&scan.exists, &scan.unwritten);
+            wanted.push(Wanted { process, pages, unwritten: scan.unwritten });
             report.dirty_pages += scan.exists.page_count();
             let entry = ManifestProcess { generation: process.generation, pages: scan.exists };
             manifest.processes.insert(process.vpid, entry);
         }
         report.scan = started.elapsed();
-        for (process, pages) in wanted {
-            let gathered = gather(process, self.round, &pages, sink);
-            let gathered = gathered.map_err(|source| SourceError::Read { vpid: process.vpid, source })?;
-            report.add(&gathered);
-            if gathered.stopped {
-                return Err(SourceError::Stopped);
-            }
-            if !gathered.gone.is_empty() {
-                let count = gathered.gone.page_count();
-                return Err(SourceError::Unreadable { vpid: process.vpid, count });
-            }
-        }
-        Ok((manifest, report))
+        Ok(LastLook { manifest, wanted, report })
     }
+
+    fn deliver(
+        &self,
+        process: Process,
+        pages: &RangeSet,
+        sink: Sink<'_>,
+        report: &mut RoundReport,
+    ) -> Result<(), SourceError> {
+        let gathered = gather(process, self.round, pages, sink);
+        let gathered = gathered.map_err(|source| SourceError::Read { vpid: process.vpid, source })?;
+        report.add(&gathered);
+        if gathered.stopped {
+            return Err(SourceError::Stopped);
+        }
+        if !gathered.gone.is_empty() {
+            let count = gathered.gone.page_count();
+            return Err(SourceError::Unreadable { vpid: process.vpid, count });
+        }
+        Ok(())
+    }
+}
+
+/// A frozen container, with nothing sent of it yet.
+struct LastLook {
+    manifest: FinalManifest,
+    wanted: Vec<Wanted>,
+    report: RoundReport,
+}
+
+/// What the target lacks of a frozen process.
+struct Wanted {
+    process: Process,
+    pages: RangeSet,
+    /// Pages that were not written since the round before.
+    unwritten: RangeSet,
 }
 
 /// Pages read between two looks at the time.

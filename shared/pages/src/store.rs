@@ -215,6 +215,27 @@ impl PageStore {
         }
     }
 
+    /// Notes that the pages of `pages` exist and that their bytes are still to come, whatever is stored of them. They get
+    /// their places in the data file. Nothing may be written to them before the store is sealed.
+    ///
+    /// # Errors
+    /// [`StoreError::Full`]; part of them may be noted then.
+    pub(crate) fn owe(
+        &mut self,
+        vpid: Vpid,
+        generation: Generation,
+        pages: &RangeSet,
+    ) -> Result<(), StoreError> {
+        for piece in pages.iter().flat_map(Piece::of) {
+            self.slot_of(vpid, generation, piece.chunk)?;
+            let chunk = self.chunk(vpid, generation, piece.chunk)?;
+            chunk.present = chunk.present.or(piece.bits());
+            chunk.data = chunk.data.and_not(piece.bits());
+            chunk.owed = chunk.owed.or(piece.bits());
+        }
+        Ok(())
+    }
+
     /// Drops the stored pages of process `vpid` that are not in `keep`, and says how many there were.
     pub fn retain(&mut self, vpid: Vpid, keep: &RangeSet) -> u64 {
         let Some(stored) = self.index.processes.get_mut(&vpid) else { return 0 };
@@ -230,6 +251,7 @@ impl PageStore {
             dropped += chunk.present.and_not(here).count();
             chunk.present = chunk.present.and(here);
             chunk.data = chunk.data.and(here);
+            chunk.owed = chunk.owed.and(here);
             let stays = !chunk.present.is_empty();
             free.extend(chunk.slot.filter(|_| !stays));
             stays

@@ -6,7 +6,7 @@ use crate::frame::{Batch, FrameError};
 use crate::manifest::FinalManifest;
 use crate::named::Named;
 use crate::process::Vpid;
-use crate::range::PageRange;
+use crate::range::{PageRange, RangeSet};
 use crate::store::{PageStore, StoreError, StoreLimits};
 
 /// A batch or a manifest could not be taken in.
@@ -36,6 +36,9 @@ pub enum TargetError {
         /// The first run of them.
         first: PageRange,
     },
+    /// The source would owe pages that do not exist.
+    #[error("pages of process {0} are owed that do not exist")]
+    NotOwed(Vpid),
 }
 
 /// What one batch held.
@@ -58,6 +61,8 @@ pub struct FinishReport {
     pub pages: u64,
     /// Pages that had come and no longer existed.
     pub dropped_pages: u64,
+    /// Those of their pages whose bytes are still to come.
+    pub owed_pages: u64,
 }
 
 /// Takes pages in.
@@ -128,7 +133,29 @@ impl TargetEngine {
     ///
     /// # Errors
     /// [`TargetError::Incomplete`] when a page is missing. The store is not sealed then.
-    pub fn finish(mut self, manifest: &FinalManifest) -> Result<FinishReport, TargetError> {
+    pub fn finish(self, manifest: &FinalManifest) -> Result<FinishReport, TargetError> {
+        self.finish_owing(manifest, &FinalManifest::default())
+    }
+
+    /// As [`Self::finish`], with the bytes of the pages of `owed` still to come: whatever is stored of them is void.
+    ///
+    /// # Errors
+    /// As there, and [`TargetError::NotOwed`].
+    pub fn finish_owing(
+        mut self,
+        manifest: &FinalManifest,
+        owed: &FinalManifest,
+    ) -> Result<FinishReport, TargetError> {
+        let unknown = owed.processes.iter().find(|(vpid, owed)| {
+            let known = manifest.processes.get(vpid);
+            known.is_none_or(|known| {
+                known.generation != owed.generation || !owed.pages.subtract(&known.pages).is_empty()
+            })
+        });
+        if let Some((vpid, _)) = unknown {
+            return Err(TargetError::NotOwed(*vpid));
+        }
+        let nothing = RangeSet::new();
         let gone = self.store.processes().into_iter().filter(|vpid| !manifest.processes.contains_key(vpid));
         let mut dropped_pages: u64 =
             gone.collect::<Vec<_>>().into_iter().map(|vpid| self.store.reset(vpid)).sum();
@@ -137,7 +164,8 @@ impl TargetEngine {
                 dropped_pages += self.store.reset(*vpid);
             }
             self.store.admit(*vpid, process.generation)?;
-            let missing = self.store.missing(*vpid, &process.pages);
+            let owed = owed.processes.get(vpid).map_or(&nothing, |owed| &owed.pages);
+            let missing = self.store.missing(*vpid, &process.pages).subtract(owed);
             if let Some(first) = missing.runs().first() {
                 return Err(TargetError::Incomplete {
                     vpid: *vpid,
@@ -146,8 +174,10 @@ impl TargetEngine {
                 });
             }
             dropped_pages += self.store.retain(*vpid, &process.pages);
+            self.store.owe(*vpid, process.generation, owed)?;
         }
         let (processes, pages) = (manifest.processes.len(), manifest.page_count());
-        Ok(FinishReport { dir: self.store.seal()?, processes, pages, dropped_pages })
+        let owed_pages = owed.page_count();
+        Ok(FinishReport { dir: self.store.seal()?, processes, pages, dropped_pages, owed_pages })
     }
 }

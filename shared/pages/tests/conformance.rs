@@ -20,12 +20,15 @@ use haulage_pages::PageBatch;
 use haulage_pages::choice::Compression;
 use haulage_pages::codec::Codec;
 use haulage_pages::encode::Encoder;
+use haulage_pages::frame::Batch;
 use haulage_pages::maps::Maps;
 use haulage_pages::none::NoTracking;
+use haulage_pages::owed::{Ask, Errand};
 use haulage_pages::policy::{Pace, TransferPolicy};
 use haulage_pages::process::{self, Process};
 use haulage_pages::range::{PageNo, PageRange, RangeSet};
 use haulage_pages::sealed::SealedStore;
+use haulage_pages::serve::PageServer;
 use haulage_pages::source::{RoundReport, SourceEngine, SourceError, SourceOptions};
 use haulage_pages::store::StoreLimits;
 use haulage_pages::target::TargetEngine;
@@ -83,6 +86,50 @@ impl Move {
         }
         look(&report);
         report
+    }
+
+    /// As [`Self::finish`], but what the target lacks comes after the store is sealed, part of it because it is asked for.
+    fn finish_owing(mut self) {
+        self.target.freeze();
+        let store = &mut self.store;
+        let (manifest, mut owed, report) =
+            self.source.final_round_owing(&mut |batch| into(store, &batch)).unwrap();
+        assert_eq!(report.data_pages, 0, "the test locks no memory");
+        let finished = self.store.finish_owing(&manifest, &owed.manifest()).unwrap();
+        assert_eq!((finished.pages, finished.owed_pages), (manifest.page_count(), owed.pages()));
+        let sealed = SealedStore::open(&self.dir.path().join("store")).unwrap();
+        assert_eq!(sealed.owed(), owed.pages());
+        let mut server = PageServer::new(sealed).unwrap();
+        let frozen = self.source.frozen();
+        let mut encoder = Encoder::new(Compression::Only(Codec::Lz4));
+        let mut pay = |errand: Errand| {
+            for batch in frozen.read(&errand).unwrap() {
+                let bytes = encoder.encode(batch).bytes;
+                server.arrive(&Batch::decode(&bytes).unwrap()).unwrap();
+            }
+        };
+        for (vpid, process) in owed.manifest().processes {
+            let ask = |pages| Ask { vpid, generation: process.generation, pages };
+            for run in process.pages.iter().step_by(3) {
+                owed.asked(ask(run)).into_iter().for_each(&mut pay);
+            }
+        }
+        while let Some(errand) = owed.next_errand() {
+            pay(errand);
+        }
+        assert_eq!(server.store().owed(), 0);
+        for process in process::list(&self.target.cgroup_procs()).unwrap() {
+            compare(process, server.store());
+        }
+        self.target.freezer().thaw().unwrap();
+        let errand = |vpid| {
+            let process = owed.manifest().processes.get(&vpid)?.clone();
+            let pages = process.pages.iter().next()?;
+            owed.asked(Ask { vpid, generation: process.generation, pages })
+        };
+        let late = manifest.processes.into_keys().find_map(errand);
+        let late = late.map(|errand| frozen.read(&errand));
+        assert!(matches!(late, None | Some(Err(SourceError::NotFrozen))), "{late:?}");
     }
 }
 
@@ -163,6 +210,22 @@ fn a_process_that_writes_between_rounds() {
         }
         moving.tell("write 0 1900 10");
     });
+}
+
+#[test]
+fn what_is_owed_at_the_freeze_and_comes_later_is_what_was_frozen() {
+    for policy in [TransferPolicy::All, TransferPolicy::Adaptive] {
+        for tracker in trackers() {
+            let mut target = Target::start();
+            target.tell("map 0 2000; write 0 0 1500; fork; map 1 300; write 1 0 300; zero 1 0 40");
+            let mut moving = Move::begin(target, tracker, policy);
+            moving.round();
+            moving.tell("write 0 100 400; zero 0 300 20; dontneed 0 1000 100; write 1 250 10");
+            moving.round();
+            moving.tell("write 0 200 700; map 2 100; write 2 0 100");
+            moving.finish_owing();
+        }
+    }
 }
 
 #[test]

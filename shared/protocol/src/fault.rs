@@ -79,6 +79,10 @@ pub mod code {
     pub const FROZEN_TOO_LONG: FaultCode = FaultCode::known("frozen_too_long");
     /// The container would stand still for longer than it may: it writes faster than its memory can be sent.
     pub const CANNOT_CONVERGE: FaultCode = FaultCode::known("cannot_converge");
+    /// The container runs on the target and lacks memory yet: to be asked again.
+    pub const MEMORY_INCOMPLETE: FaultCode = FaultCode::known("memory_incomplete");
+    /// The container ran on the target, and the source that owed it memory, or the way to it, was lost.
+    pub const POST_COPY_FAILED: FaultCode = FaultCode::known("post_copy_failed");
     /// The verb was asked before what it builds on.
     pub const OUT_OF_ORDER: FaultCode = FaultCode::known("out_of_order");
     /// A defect of the service itself.

@@ -52,6 +52,9 @@ pub struct Options {
     pub max_tax_percent: u8,
     /// Slow the container down when it writes faster than its memory can be sent.
     pub auto_converge: bool,
+    /// Where the downtime cannot be kept, run the container on the target before it has its memory, which it gets from the
+    /// frozen source while it runs. Should source or link be lost before it has all, what it has done since is lost.
+    pub post_copy: bool,
     /// The longest time, in milliseconds, that the container may stand still before the target is asked to restore it;
     /// then the migration is undone. Zero: as long as it takes.
     pub max_frozen_ms: u64,
@@ -89,6 +92,7 @@ impl Default for Options {
             round_interval_ms: 0,
             max_tax_percent: TAX,
             auto_converge: false,
+            post_copy: false,
             max_frozen_ms: 60_000,
             shared_binds: Vec::new(),
             transfer: Transfer::default(),

@@ -226,8 +226,13 @@ pub struct LinkMeasured {
 
 /// Source role: the last round, with the container frozen. Afterwards the target holds exactly the pages that
 /// exist, each current, and has sealed its store.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FinalRound {}
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct FinalRound {
+    /// What is not current on the target may be owed: it is sent when the target asks for it, after the restore, for as
+    /// long as the source stands still and until [`ClosePages`].
+    #[serde(default)]
+    pub post_copy: bool,
+}
 
 /// The answer to [`FinalRound`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -238,6 +243,9 @@ pub struct FinalReport {
     pub total: Pages,
     /// Pages that the target had stored and dropped, because they no longer exist.
     pub dropped: Pages,
+    /// Pages that exist and that the source still owes the target.
+    #[serde(default)]
+    pub owed: Pages,
 }
 
 /// Either role: ends the session, drops trackers, connections and the store. Harmless when there is none.

@@ -119,7 +119,8 @@ pub struct Restored {
     pub since: Micros,
 }
 
-/// Waits until the container has all its memory. Is it running?
+/// Waits until the container has all its memory. Is it running? Answers `memory_incomplete` after some seconds while
+/// something is missing, and is to be asked again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verify {
     /// The container on the target.
@@ -146,6 +147,12 @@ pub struct Filled {
     pub on_demand: Pages,
     /// Pages put in place in the background.
     pub in_background: Pages,
+    /// Pages that the source had owed at the freeze and sent because they were asked for.
+    #[serde(default)]
+    pub pulled: Pages,
+    /// Pages that the source had owed at the freeze and sent unasked.
+    #[serde(default)]
+    pub pushed: Pages,
 }
 
 /// After the commit: gives the container its true restart policy and removes what the migration needed.

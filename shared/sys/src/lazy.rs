@@ -167,7 +167,11 @@ impl MissingMemory {
         }
     }
 
-    fn wake(&self, start: u64, len: u64) -> Result<(), CallError> {
+    /// Wakes who waits for a page in the `len` bytes at `start`, to look again whether it is there.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn wake(&self, start: u64, len: u64) -> Result<(), CallError> {
         let mut arg = abi::UffdioRange { start, len };
         // SAFETY: UFFDIO_WAKE reads one `struct uffdio_range`, which `arg` is.
         let done = unsafe { libc::ioctl(self.0.as_raw_fd(), abi::UFFDIO_WAKE, &raw mut arg) };

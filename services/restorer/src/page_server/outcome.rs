@@ -21,10 +21,13 @@ pub(crate) const LOG: &str = "page-server.log";
 const CLAIM: &str = "page-server.pid";
 
 /// How serving ended.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub(crate) struct Outcome {
     /// Why it failed; absent when the container has all its memory.
     pub(crate) error: Option<String>,
+    /// It failed because the source, or the way to it, was lost that still owed memory.
+    #[serde(default)]
+    pub(crate) source_lost: bool,
     /// From the restored processes' start to the last page in place, in microseconds.
     pub(crate) took_us: u64,
     /// Pages that a thread waited for.
@@ -33,17 +36,23 @@ pub(crate) struct Outcome {
     pub(crate) on_demand: u64,
     /// Pages put in place in the background.
     pub(crate) in_background: u64,
+    /// Pages that the source had owed and sent because they were asked for.
+    #[serde(default)]
+    pub(crate) pulled: u64,
+    /// Pages that the source had owed and sent unasked.
+    #[serde(default)]
+    pub(crate) pushed: u64,
 }
 
 impl Outcome {
     pub(crate) fn complete(took: std::time::Duration, served: Served) -> Self {
         let took_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
-        let Served { faults, on_demand, in_background } = served;
-        Self { error: None, took_us, faults, on_demand, in_background }
+        let Served { faults, on_demand, in_background, pulled, pushed } = served;
+        Self { took_us, faults, on_demand, in_background, pulled, pushed, ..Self::default() }
     }
 
-    pub(crate) fn failed(error: String) -> Self {
-        Self { error: Some(error), took_us: 0, faults: 0, on_demand: 0, in_background: 0 }
+    pub(crate) fn failed(error: String, source_lost: bool) -> Self {
+        Self { error: Some(error), source_lost, ..Self::default() }
     }
 
     pub(crate) fn write(&self, work: &Path) -> io::Result<()> {
@@ -118,7 +127,7 @@ mod tests {
     fn an_outcome_is_read_as_it_was_written_and_forgotten() {
         let work = tempfile::tempdir().unwrap();
         assert_eq!(Outcome::read(work.path()).unwrap(), None);
-        let outcome = Outcome::failed("no memory".to_owned());
+        let outcome = Outcome::failed("no memory".to_owned(), false);
         outcome.write(work.path()).unwrap();
         assert_eq!(Outcome::read(work.path()).unwrap(), Some(outcome));
         forget(work.path()).unwrap();

@@ -7,6 +7,9 @@ use std::time::Instant;
 
 use haulage_criu::lazy::{LazyRestore, Said};
 use haulage_criu::mm;
+use haulage_pages::frame::Batch;
+use haulage_pages::link::Link;
+use haulage_pages::owed::Word;
 use haulage_pages::process::Vpid;
 use haulage_pages::range::{PageRange, RangeSet};
 use haulage_pages::sealed::SealedStore;
@@ -26,6 +29,7 @@ pub(crate) const DONE: u8 = b'd';
 
 const GUARD_LISTENER: u64 = 1;
 const RESTORE: u64 = 2;
+const LINK: u64 = 3;
 /// Spaces have numbers from here on.
 const SPACES: u64 = 16;
 
@@ -33,10 +37,20 @@ const AT_ONCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 /// How long to wait for the event that stops the filling. It is on its way, so this is never used up.
 const SOON: Timespec = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
 
+/// The source still owed memory, and nothing more will come of it.
+#[derive(Debug, thiserror::Error)]
+#[error("the source, or the way to it, was lost with {missing} pages missing here")]
+pub(crate) struct SourceLost {
+    missing: u64,
+    source: std::io::Error,
+}
+
 pub(crate) struct Session {
     store: PathBuf,
     /// Once the restore has spoken: the store is sealed only in the freeze.
     server: Option<PageServer>,
+    /// To what the source owes; `None` where it owes nothing.
+    link: Option<Link>,
     images: PathBuf,
     poll: OwnedFd,
     guard_listener: UnixListener,
@@ -62,6 +76,7 @@ impl Session {
         Ok(Self {
             store: store.to_owned(),
             server: None,
+            link: None,
             images: images.to_owned(),
             poll,
             guard_listener,
@@ -74,21 +89,56 @@ impl Session {
 
     /// Serves until nothing is missing. On an error all descriptors stay open for as long as this session lives.
     pub(crate) fn run(&mut self) -> Result<Outcome, Failure> {
-        let mut stopped = false;
+        let mut progress = Progress::Some;
         loop {
-            let timeout = match (self.running, stopped) {
-                (None, _) => None,
-                (Some(_), true) => Some(&SOON),
-                (Some(_), false) => Some(&AT_ONCE),
+            let timeout = match (self.running, progress) {
+                // Something will happen.
+                (None, _) | (Some(_), Progress::Owed) => None,
+                (Some(_), Progress::Stopped) => Some(&SOON),
+                (Some(_), _) => Some(&AT_ONCE),
             };
             self.handle_events(timeout)?;
+            self.ask()?;
             // Filling waits until the restore is over: it would compete with it for the processor.
             let (Some(since), Some(server)) = (self.running, &mut self.server) else { continue };
-            match server.fill()? {
-                Progress::Complete => return Ok(Outcome::complete(since.elapsed(), server.served())),
-                progress => stopped = progress == Progress::Stopped,
+            progress = server.fill()?;
+            if progress == Progress::Complete {
+                return Ok(Outcome::complete(since.elapsed(), server.served()));
             }
         }
+    }
+
+    /// Asks the source for what is waited for.
+    fn ask(&mut self) -> Result<(), Failure> {
+        let Some(server) = &mut self.server else { return Ok(()) };
+        let asks = server.take_asks();
+        asks.into_iter().try_for_each(|ask| self.say(Word::Ask(ask)))
+    }
+
+    fn say(&mut self, word: Word) -> Result<(), Failure> {
+        let Some(link) = &mut self.link else { return Ok(()) };
+        link.say(word).or_else(|error| self.lost(error))
+    }
+
+    /// Takes in what the source has sent.
+    fn listen_to_source(&mut self) -> Result<(), Failure> {
+        let (Some(link), Some(server)) = (&mut self.link, &mut self.server) else { return Ok(()) };
+        match link.receive() {
+            Ok(bytes) => Ok(server.arrive(&Batch::decode(&bytes)?)?),
+            Err(error) => self.lost(error),
+        }
+    }
+
+    /// The link is gone, which does not matter once nothing is owed.
+    fn lost(&mut self, source: std::io::Error) -> Result<(), Failure> {
+        if let Some(server) = self.server.as_ref().filter(|server| self.running.is_none() || server.is_owed())
+        {
+            return Err(SourceLost { missing: server.missing(), source }.into());
+        }
+        if let Some(link) = self.link.take() {
+            epoll::delete(&self.poll, &link)?;
+        }
+        Ok(())
     }
 
     fn handle_events(&mut self, timeout: Option<&Timespec>) -> Result<(), Failure> {
@@ -101,6 +151,7 @@ impl Session {
             match event.data.u64() {
                 GUARD_LISTENER => self.welcome_guard()?,
                 RESTORE => self.listen_to_restore()?,
+                LINK => self.listen_to_source()?,
                 space => {
                     let Some(server) = &mut self.server else { continue };
                     for born in server.handle(SpaceId(space - SPACES))? {
@@ -117,7 +168,16 @@ impl Session {
         let said = restore.listen()?;
         let server = match &mut self.server {
             Some(server) => server,
-            none => none.insert(PageServer::new(SealedStore::open(&self.store)?)?),
+            none => {
+                let store = SealedStore::open(&self.store)?;
+                if store.owed() > 0 {
+                    let link = Link::connect(&self.store);
+                    let link = link.map_err(|source| SourceLost { missing: store.owed(), source })?;
+                    epoll::add(&self.poll, &link, EventData::new_u64(LINK), EventFlags::IN)?;
+                    self.link = Some(link);
+                }
+                none.insert(PageServer::new(store)?)
+            }
         };
         match said {
             Said::Memory(pid, memory) => {
@@ -126,7 +186,11 @@ impl Session {
                 self.watch(id)?;
             }
             Said::Zombie(_) => {}
-            Said::Finished => self.running = Some(Instant::now()),
+            Said::Finished => {
+                self.running = Some(Instant::now());
+                // Until now it would have competed with the images for the link.
+                self.say(Word::Begin)?;
+            }
             Said::Closed if self.running.is_none() => {
                 return Err("the restore ended before it was finished".into());
             }

@@ -167,6 +167,11 @@ impl BulkConnection {
         self.receiver.received_bytes()
     }
 
+    /// Both halves, to be used at the same time.
+    pub fn halves(&mut self) -> (&mut BulkSender, &mut BulkReceiver) {
+        (&mut self.sender, &mut self.receiver)
+    }
+
     /// Both halves, for one task each.
     pub fn split(self) -> (BulkSender, BulkReceiver) {
         (self.sender, self.receiver)
