@@ -4,8 +4,8 @@
 //!  round:  all threads stopped ── new mappings? ── read marks ── take marks away ── all threads run on ──► send
 //! ```
 //! Reading marks and taking them away are two calls, and a write between them would leave no trace. So every thread of
-//! the container stands still for both ([`standstill`]): some 10 to 20 ms per GiB of mapped memory, and that long again
-//! for 64 threads or so. Pages are read after that; what is written meanwhile is marked again. Where not all threads
+//! the container stands still for both ([`standstill`]): by estimate some 20 ms per GiB of mapped memory, holes included,
+//! and some tens of microseconds per thread. Pages are read after that; what is written meanwhile is marked again. Where not all threads
 //! can be stopped in time (a parent in `vfork`), the round takes no mark away: what it tells is told again by the next.
 //!
 //! # What the kernel vouches for
