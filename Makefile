@@ -5,12 +5,13 @@ CARGO ?= cargo
 # What whole-system tests and the demo run: the programs as a user would run them.
 BINARIES := --workspace --bins
 
-.PHONY: help setup build demo test test-vm bench bench-quick lint clean
+.PHONY: help setup build demo test test-vm test-vm-6.1 bench bench-quick lint clean
 
 help:
 	@echo 'make demo    two Docker hosts on this machine, a Redis that moves between them under load (KEEP=1 leaves it running)'
 	@echo 'make test    all tests, those with real Docker, CRIU and NATS included'
 	@echo 'make test-vm a choice of tests on Debian 13 and its own kernel, in an emulated machine (RELEASE=name: another Debian)'
+	@echo 'make test-vm-6.1  soft-dirty tracking on Debian 12 and its own kernel 6.1, in an emulated machine'
 	@echo 'make bench   what a move costs, against other ways to do it; up to 40 minutes (PUBLISH=1 writes deploy/BENCHMARKS.md)'
 	@echo 'make bench-quick  the most telling part of it; up to 8 minutes'
 	@echo 'make lint    formatting, clippy, and the dependency policy where cargo-deny is installed'
@@ -34,6 +35,10 @@ test: build
 
 test-vm:
 	tests/vm/run $(if $(RELEASE),--release $(RELEASE)) -- tests/vm/checks
+
+# The programs must have been built on Debian 12: its C library is the older one.
+test-vm-6.1:
+	tests/vm/run --release bookworm -- tests/vm/checks-6.1
 
 # Figures of debug builds mean nothing.
 bench: setup

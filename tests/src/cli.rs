@@ -4,9 +4,10 @@ use crate::fleet::Fleet;
 use crate::process::FLEET_VARIABLE;
 use crate::services::program;
 use crate::wait;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::LazyLock;
 use std::time::Duration;
 
 /// How long a migration of a test may take.
@@ -173,4 +174,21 @@ impl Moved {
         }
         Ok(self)
     }
+
+    /// Fails unless the writes of every process were followed, in the way that this kernel must have.
+    ///
+    /// # Errors
+    /// They were not.
+    pub fn tracked(&self) -> Result<&Self> {
+        let tracking = self.result.pointer("/facts/tracking").context("nothing is told of tracking")?;
+        let tracker = tracking.get("tracker").and_then(Value::as_str);
+        let untracked = tracking.get("untracked").and_then(Value::as_array);
+        ensure!(tracker == Some(&*TRACKER), "not tracked by {}: {tracking}", *TRACKER);
+        ensure!(untracked.is_some_and(Vec::is_empty), "processes are not tracked: {tracking}");
+        Ok(self)
+    }
 }
+
+/// How writes are tracked on this kernel: `HAULAGE_TEST_TRACKER` says so where it is not as on new ones.
+static TRACKER: LazyLock<String> =
+    LazyLock::new(|| std::env::var("HAULAGE_TEST_TRACKER").unwrap_or_else(|_| "write_protect".to_owned()));

@@ -16,7 +16,7 @@ fn a_redis_moves_there_and_back_under_load() -> Result<()> {
         let redis = Redis::start(fleet, 0, "web", 0, &[])?;
         Client::connect(redis.server())?.fill(64)?;
         for (from, to) in [(0, 1), (1, 0), (0, 1)] {
-            fleet.migrate("web", from, to)?.committed()?;
+            fleet.migrate("web", from, to)?.committed()?.tracked()?;
             redis.carries_on().with_context(|| format!("after the move from {from} to {to}"))?;
             only_on(fleet, "web", to)?;
             for host in fleet.hosts() {

@@ -72,10 +72,10 @@ pub(crate) async fn run(nats: &Nats, wanted: args::Plan) -> Result<(), Failure> 
         ..Options::default()
     };
     let plans: Vec<(Policy, Prediction)> = match sampled.tracker.as_str() {
-        "none" => Vec::new(),
-        _ => POLICIES
+        "write_protect" => POLICIES
             .map(|policy| (policy, predict(&sampled.classes, rate, &options(policy), fixed.cost)))
             .into(),
+        _ => Vec::new(),
     };
     if wanted.json {
         let plans: Vec<_> = plans
@@ -167,11 +167,17 @@ impl fmt::Display for Report {
         writeln!(out, "image     {image}")?;
         if plans.is_empty() {
             let reason = sampled.reason.as_deref().unwrap_or("unknown");
-            writeln!(
-                out,
-                "its writes cannot be tracked ({reason}): all its memory is sent while it stands still"
-            )?;
-            return Ok(());
+            let tracker = &sampled.tracker;
+            return match tracker.as_str() {
+                "none" => writeln!(
+                    out,
+                    "its writes cannot be tracked ({reason}): all its memory is sent while it stands still"
+                ),
+                _ => writeln!(
+                    out,
+                    "a move would follow its writes by {tracker} ({reason}), by which no look can be taken: no prediction"
+                ),
+            };
         }
         let written = sampled.classes.iter().filter(|class| class.writes > 0).map(|class| class.pages);
         let written: Bytes = written.map(Pages::bytes).sum();

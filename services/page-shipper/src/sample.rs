@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use haulage_pages::policy::TransferPolicy;
-use haulage_pages::source::{SourceEngine, SourceOptions};
+use haulage_pages::source::{SourceEngine, SourceOptions, best_method};
 use haulage_pages::track::Method;
 use haulage_protocol::fault::Fault;
 use haulage_protocol::page_shipper::{SampleWrites, WriteClass, WritesSampled};
 use haulage_protocol::unit::Pages;
 
 use crate::failure::{TRACKING, fault, joined};
+use crate::source;
 use crate::watched::Watched;
 
 /// Looks within the time: as many rounds as a history remembers.
@@ -27,11 +28,14 @@ pub(crate) async fn sample(watched: Arc<Watched>, ask: SampleWrites) -> Result<W
 fn look(watched: &Arc<Watched>, ask: &SampleWrites) -> Result<WritesSampled, Fault> {
     let watch = watched.look(&ask.cgroup_procs)?;
     let options = SourceOptions { policy: TransferPolicy::Adaptive };
-    let begun = SourceEngine::begin(Path::new(&ask.cgroup_procs), options);
-    let (mut engine, report) = begun.map_err(fault(TRACKING))?;
-    if report.method == Method::None {
-        return Ok(WritesSampled { tracker: "none".to_owned(), reason: report.kernel, classes: Vec::new() });
+    let procs = Path::new(&ask.cgroup_procs);
+    let (method, reason) = best_method(procs);
+    // Soft-dirty marks are one set for all who look: looking would take those away that a migration may need.
+    if method != Method::WriteProtect {
+        let tracker = source::name_of(method).to_owned();
+        return Ok(WritesSampled { tracker, reason, classes: Vec::new() });
     }
+    let (mut engine, _) = SourceEngine::begin(procs, options).map_err(fault(TRACKING))?;
     let pause = Duration::from_micros(ask.time.0).clamp(LEAST, MOST) / LOOKS;
     engine.look().map_err(fault(TRACKING))?;
     for _ in 0..LOOKS {
@@ -44,5 +48,5 @@ fn look(watched: &Arc<Watched>, ask: &SampleWrites) -> Result<WritesSampled, Fau
         writes: (writes * 1000.0).ceil() as u64,
     };
     let classes = engine.seen().into_iter().map(class).collect();
-    Ok(WritesSampled { tracker: "write_protect".to_owned(), reason: None, classes })
+    Ok(WritesSampled { tracker: source::name_of(method).to_owned(), reason: None, classes })
 }

@@ -91,11 +91,16 @@ fn started(report: TrackerReport) -> TrackingStarted {
     });
     TrackingStarted {
         untracked: untracked.collect(),
-        tracker: match report.method {
-            Method::WriteProtect => "write_protect".to_owned(),
-            Method::None => "none".to_owned(),
-        },
+        tracker: name_of(report.method).to_owned(),
         reason: report.kernel,
+    }
+}
+
+pub(crate) fn name_of(method: Method) -> &'static str {
+    match method {
+        Method::WriteProtect => "write_protect",
+        Method::SoftDirty => "soft_dirty",
+        Method::None => "none",
     }
 }
 

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  source host                                                        target host
-//!  process, maps ─► track (write_protect | none)
+//!  process, maps ─► track (write_protect | soft_dirty | none)
 //!                      │ dirty, forgotten
 //!                      ▼
 //!                    ledger ◄─ policy, adaptive, history
@@ -29,6 +29,7 @@ mod chunk;
 pub mod codec;
 mod direct_io;
 pub mod encode;
+mod entries;
 pub mod frame;
 mod gather;
 pub mod history;
@@ -45,9 +46,11 @@ pub mod obstacle;
 pub mod owed;
 pub mod policy;
 pub mod process;
+mod program;
 pub mod range;
 pub mod sealed;
 pub mod serve;
+pub mod soft_dirty;
 pub mod source;
 mod space;
 pub mod store;

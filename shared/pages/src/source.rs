@@ -24,6 +24,7 @@ use crate::owed::{self, Frozen, Owed};
 use crate::policy::{Pace, Quota, TransferPolicy};
 use crate::process::{self, Generation, ListError, Process, Vpid};
 use crate::range::RangeSet;
+use crate::soft_dirty::SoftDirty;
 use crate::track::{self, DirtyTracker, Method, Refused, TrackError, Tracking, Untracked};
 use crate::write_protect::WriteProtect;
 
@@ -112,7 +113,7 @@ impl ProcessReport {
 pub struct TrackerReport {
     /// How writes are learnt of.
     pub method: Method,
-    /// Why the kernel cannot track, when the method is none.
+    /// What the kernel cannot do, when the method is not the best.
     pub kernel: Option<String>,
     /// Every process.
     pub processes: Vec<ProcessReport>,
@@ -185,18 +186,8 @@ impl SourceEngine {
     /// # Errors
     /// When the processes cannot be listed or the directory is no freezer's. Nothing is tracked then.
     pub fn begin(cgroup_procs: &Path, options: SourceOptions) -> Result<(Self, TrackerReport), SourceError> {
-        match WriteProtect::new() {
-            Ok(tracker) => Self::begin_with(cgroup_procs, Box::new(tracker), None, options),
-            Err(error) => {
-                let detail = track::in_one_line(&error);
-                Self::begin_with(
-                    cgroup_procs,
-                    Box::new(NoTracking::new(detail.clone())),
-                    Some(detail),
-                    options,
-                )
-            }
-        }
+        let (tracker, kernel) = best_tracker(cgroup_procs);
+        Self::begin_with(cgroup_procs, tracker, kernel, options)
     }
 
     /// As [`Self::begin`], with a given tracker; `kernel` says why it is not a better one.
@@ -427,6 +418,27 @@ struct Wanted {
     pages: RangeSet,
     /// Pages that were not written since the round before.
     unwritten: RangeSet,
+}
+
+/// How writes of the container would be tracked, and why not better. Nothing is tracked by this.
+pub fn best_method(cgroup_procs: &Path) -> (Method, Option<String>) {
+    let (tracker, kernel) = best_tracker(cgroup_procs);
+    (tracker.method(), kernel)
+}
+
+/// The best tracker that this kernel can have, and why it is not a better one.
+fn best_tracker(cgroup_procs: &Path) -> (Box<dyn DirtyTracker>, Option<String>) {
+    let no_protection = match WriteProtect::new() {
+        Ok(tracker) => return (Box::new(tracker), None),
+        Err(error) => track::in_one_line(&error),
+    };
+    match SoftDirty::new(cgroup_procs) {
+        Ok(tracker) => (Box::new(tracker), Some(no_protection)),
+        Err(error) => {
+            let detail = format!("{no_protection}; {}", track::in_one_line(&error));
+            (Box::new(NoTracking::new(detail.clone())), Some(detail))
+        }
+    }
 }
 
 /// Pages read between two looks at the time.

@@ -6,18 +6,22 @@
 use std::error::Error;
 use std::fmt;
 
-use haulage_sys::pagemap::{Categories, Entry, Filter, Pagemap, tells_guards};
+use haulage_sys::pagemap::{Categories, Filter, Pagemap, tells_guards};
+use haulage_sys::soft_dirty::ZeroFrames;
 use haulage_sys::{CallError, Errno};
 
+use crate::entries;
 use crate::maps::{Maps, MapsError};
 use crate::process::{Process, Vpid};
-use crate::range::{PageNo, PageRange, RangeSet};
+use crate::range::{PageRange, RangeSet};
 
 /// How a tracker learns of writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Method {
     /// Injected userfaultfd in asynchronous write-protection mode.
     WriteProtect,
+    /// Soft-dirty marks, read and taken away while the container stands still for a moment.
+    SoftDirty,
     /// Not at all: everything is sent when the container is frozen.
     None,
 }
@@ -182,9 +186,6 @@ pub(crate) fn exists() -> Filter {
     }
 }
 
-/// Pagemap entries read at a time where the kernel has no `PAGEMAP_SCAN`.
-const ENTRIES_AT_A_TIME: u64 = 64 * 1024;
-
 /// Scans a frozen process: pages that exist, and those among them that the kernel vouches for as unwritten in any
 /// registration.
 pub(crate) fn scan_frozen(process: Process) -> Result<FinalScan, TrackError> {
@@ -214,35 +215,15 @@ fn existing(pagemap: &mut Pagemap, mapped: &RangeSet) -> Result<(RangeSet, Range
         match scanned {
             Ok(()) => {}
             Err(CallError { errno: Errno::NOTTY | Errno::INVAL, .. }) => {
-                return Ok((existing_by_entries(pagemap, mapped)?, RangeSet::new()));
+                // Before 6.7.
+                let mut zeros = ZeroFrames::find().ok();
+                let found = entries::read(pagemap, mapped, zeros.as_mut())?;
+                return Ok((found.exists, RangeSet::new()));
             }
             Err(error) => return Err(error),
         }
     }
     Ok((found, unwritten))
-}
-
-/// As [`existing`], for kernels before 6.7. It cannot tell the page of zeros, which is then sent as zeros.
-fn existing_by_entries(pagemap: &Pagemap, mapped: &RangeSet) -> Result<RangeSet, CallError> {
-    let mut exists = RangeSet::new();
-    let mut entries = Vec::new();
-    for run in mapped.iter() {
-        let mut rest = Some(run);
-        while let Some(range) = rest {
-            let (part, after) = range.split_at(ENTRIES_AT_A_TIME);
-            entries.clear();
-            entries.resize(part.count() as usize, Entry::default());
-            pagemap.read_entries(part.start().0, &mut entries)?;
-            let pages = entries.iter().zip(part.start().0..);
-            let here =
-                pages.filter(|(entry, _)| (entry.is_present() || entry.is_swapped()) && !entry.is_file());
-            for range in here.filter_map(|(_, page)| PageRange::with_count(PageNo(page), 1)) {
-                exists.insert(range);
-            }
-            rest = after;
-        }
-    }
-    Ok(exists)
 }
 
 /// An error and what caused it, in one line, for reasons that are data.

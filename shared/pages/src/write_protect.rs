@@ -12,6 +12,7 @@
 //! that was registered, since it was protected. Every registration of ours forgets its addresses first.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use haulage_sys::inject::{self, InjectError};
@@ -31,39 +32,41 @@ use crate::track::{
 const PATIENCE: Duration = Duration::from_millis(200);
 
 /// Follows processes by write-protecting their memory. Dropping it removes all protection.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct WriteProtect {
     followed: BTreeMap<Vpid, Followed>,
+    /// Makes an injected descriptor ready for use.
+    negotiate: fn(OwnedFd) -> Result<WriteTracker, CallError>,
 }
 
 #[derive(Debug)]
-struct Followed {
+pub(crate) struct Followed {
     process: Process,
-    hold: Hold,
+    pub(crate) hold: Hold,
     /// Attached since the last [`DirtyTracker::collect`], so that nothing sent earlier counts.
-    fresh: bool,
+    pub(crate) fresh: bool,
     /// Has been seen to use direct IO.
-    direct_io: bool,
+    pub(crate) direct_io: bool,
 }
 
 #[derive(Debug)]
-enum Hold {
+pub(crate) enum Hold {
     Held(Held),
     Not { reason: Untracked, retry: bool },
 }
 
 /// One process's memory that we have a descriptor for.
 #[derive(Debug)]
-struct Held {
-    tracker: WriteTracker,
+pub(crate) struct Held {
+    pub(crate) tracker: WriteTracker,
     /// What was registered by us and not refused since; other registrations are not ours to judge by.
-    ours: RangeSet,
-    refused: Vec<Refused>,
+    pub(crate) ours: RangeSet,
+    pub(crate) refused: Vec<Refused>,
 }
 
 /// Why a process could not be scanned.
 #[derive(Debug, thiserror::Error)]
-enum RoundError {
+pub(crate) enum RoundError {
     #[error(transparent)]
     Maps(#[from] MapsError),
     #[error(transparent)]
@@ -74,7 +77,7 @@ enum RoundError {
 }
 
 impl RoundError {
-    fn is_gone(&self) -> bool {
+    pub(crate) fn is_gone(&self) -> bool {
         match self {
             Self::Maps(error) => error.is_gone(),
             Self::Call(error) => error.is_gone(),
@@ -92,7 +95,28 @@ impl WriteProtect {
         WriteTracker::of_self()?;
         let mut pagemap = Pagemap::open(rustix::process::getpid())?;
         pagemap.scan(0..ADDRESS_END, track::exists(), Categories::WP_ALLOWED, &mut |_| {})?;
-        Ok(Self::default())
+        Ok(Self { followed: BTreeMap::new(), negotiate: WriteTracker::negotiate })
+    }
+
+    /// What follows processes for another tracker: registers their mappings and protects nothing.
+    pub(crate) fn registering() -> Self {
+        Self { followed: BTreeMap::new(), negotiate: WriteTracker::negotiate_registration }
+    }
+
+    /// The process, if it is followed.
+    pub(crate) fn followed(&mut self, process: Process) -> Option<&mut Followed> {
+        self.followed.get_mut(&process.vpid).filter(|followed| followed.process == process)
+    }
+
+    /// Forgets whom it is not to follow (any more).
+    pub(crate) fn follow_only(&mut self, processes: &[Process]) {
+        self.followed.retain(|_, followed| processes.contains(&followed.process));
+    }
+
+    /// Lets go of the process, to be followed anew in the next round.
+    pub(crate) fn give_up(&mut self, process: Process, reason: Untracked) {
+        let hold = Hold::Not { reason, retry: true };
+        self.followed.insert(process.vpid, Followed { process, hold, fresh: true, direct_io: false });
     }
 
     fn attach(&mut self, process: Process) {
@@ -117,7 +141,7 @@ impl WriteProtect {
                 return not(Untracked::Injection { detail: track::in_one_line(&error) }, retry);
             }
         };
-        match WriteTracker::negotiate(fd) {
+        match (self.negotiate)(fd) {
             Ok(tracker) => {
                 let mut held = Held { tracker, ours: RangeSet::new(), refused: Vec::new() };
                 // The injection took its time: the process may have other mappings by now.
@@ -141,8 +165,8 @@ impl WriteProtect {
             .map(|other| other.vpid)
     }
 
-    /// Makes sure that `process` is followed with the memory that it has now.
-    fn follow(&mut self, process: Process) {
+    /// Makes sure that `process` is followed with the memory that it has now. Says whether it was not.
+    pub(crate) fn follow(&mut self, process: Process) -> bool {
         let again = match self.followed.get(&process.vpid) {
             Some(followed) if followed.process == process => match &followed.hold {
                 Hold::Held(held) => !held.tracker.is_alive().unwrap_or(false),
@@ -153,6 +177,16 @@ impl WriteProtect {
         if again {
             self.attach(process);
         }
+        again
+    }
+
+    /// How each is tracked.
+    pub(crate) fn tracking(&self) -> Vec<(Process, Tracking)> {
+        let tracking = |followed: &Followed| match &followed.hold {
+            Hold::Held(held) => Tracking::Tracked { refused: held.refused.clone() },
+            Hold::Not { reason, .. } => Tracking::Untracked(reason.clone()),
+        };
+        self.followed.values().map(|followed| (followed.process, tracking(followed))).collect()
     }
 
     fn collect_one(&mut self, process: Process) -> Option<Collected> {
@@ -167,8 +201,7 @@ impl WriteProtect {
             Err(error) if error.is_gone() => None,
             Err(error) => {
                 let reason = Untracked::Failed { detail: track::in_one_line(&error) };
-                let hold = Hold::Not { reason: reason.clone(), retry: true };
-                self.followed.insert(process.vpid, Followed { process, hold, fresh: true, direct_io: false });
+                self.give_up(process, reason.clone());
                 Some(unknown(process, reason))
             }
         }
@@ -208,7 +241,7 @@ impl Held {
     /// The process goes on meanwhile. Were a mapping registered by the bounds that it had when they were read, the kernel
     /// could cut in two one that has taken its place since, and `mremap` of the process on it would fail. So all that
     /// lies between two mappings that are not ours is registered at once: no mapping of ours reaches across these.
-    fn register(&mut self, maps: &Maps, wanted: impl Fn(PageRange) -> bool) -> RangeSet {
+    pub(crate) fn register(&mut self, maps: &Maps, wanted: impl Fn(PageRange) -> bool) -> RangeSet {
         let mut registered = RangeSet::new();
         for (span, mappings) in maps.tracked_spans() {
             let mut mappings = mappings.into_iter().filter(|range| wanted(*range)).peekable();
@@ -293,7 +326,7 @@ fn protect_written(pagemap: &mut Pagemap, within: &RangeSet) -> Result<RangeSet,
     Ok(found)
 }
 
-fn unknown(process: Process, reason: Untracked) -> Collected {
+pub(crate) fn unknown(process: Process, reason: Untracked) -> Collected {
     Collected {
         process,
         tracking: Tracking::Untracked(reason),
@@ -313,15 +346,11 @@ impl DirtyTracker for WriteProtect {
         for process in processes {
             self.follow(*process);
         }
-        let tracking = |followed: &Followed| match &followed.hold {
-            Hold::Held(held) => Tracking::Tracked { refused: held.refused.clone() },
-            Hold::Not { reason, .. } => Tracking::Untracked(reason.clone()),
-        };
-        self.followed.values().map(|followed| (followed.process, tracking(followed))).collect()
+        self.tracking()
     }
 
     fn collect(&mut self, processes: &[Process]) -> Vec<Collected> {
-        self.followed.retain(|_, followed| processes.contains(&followed.process));
+        self.follow_only(processes);
         processes.iter().filter_map(|process| self.collect_one(*process)).collect()
     }
 

@@ -29,6 +29,7 @@ use haulage_pages::process::{self, Process};
 use haulage_pages::range::{PageNo, PageRange, RangeSet};
 use haulage_pages::sealed::SealedStore;
 use haulage_pages::serve::PageServer;
+use haulage_pages::soft_dirty::SoftDirty;
 use haulage_pages::source::{RoundReport, SourceEngine, SourceError, SourceOptions};
 use haulage_pages::store::StoreLimits;
 use haulage_pages::target::TargetEngine;
@@ -36,6 +37,7 @@ use haulage_pages::track::{DirtyTracker, Method, Tracking, Untracked};
 use haulage_pages::write_protect::WriteProtect;
 use haulage_sys::PAGE_BYTES;
 use haulage_sys::pagemap::{Entry, Pagemap};
+use haulage_sys::standstill;
 use target::Target;
 
 /// A migration of a target's memory into a directory.
@@ -182,17 +184,59 @@ fn compare(process: Process, sealed: &SealedStore) {
     }
 }
 
-fn trackers() -> Vec<Box<dyn DirtyTracker>> {
-    vec![Box::new(WriteProtect::new().unwrap()), Box::new(NoTracking::new("chosen by the test".into()))]
+/// What this kernel must have, best first. `HAULAGE_TEST_TRACKERS` says so where it is not the usual.
+fn required() -> Vec<String> {
+    let named = std::env::var("HAULAGE_TEST_TRACKERS").unwrap_or_else(|_| "write_protect".into());
+    named.split_whitespace().map(str::to_owned).collect()
+}
+
+fn best_method() -> Method {
+    match required()[0].as_str() {
+        "write_protect" => Method::WriteProtect,
+        "soft_dirty" => Method::SoftDirty,
+        other => unreachable!("HAULAGE_TEST_TRACKERS names {other}"),
+    }
+}
+
+/// A tracker, unless this kernel has it not and need not.
+fn maker<T: DirtyTracker + 'static, E: std::fmt::Debug>(
+    name: &str,
+    make: impl Fn(&Target) -> Result<T, E> + 'static,
+) -> Option<MakeTracker> {
+    let required = required().iter().any(|required| required == name);
+    let target = Target::start();
+    (required || make(&target).is_ok())
+        .then(|| -> MakeTracker { Box::new(move |target| Box::new(make(target).unwrap())) })
+}
+
+type MakeTracker = Box<dyn Fn(&Target) -> Box<dyn DirtyTracker>>;
+
+fn soft_dirty() -> Option<MakeTracker> {
+    maker("soft_dirty", |target| SoftDirty::new(&target.cgroup_procs()))
+}
+
+fn trackers() -> Vec<MakeTracker> {
+    let none = maker("none", |_| Ok::<_, ()>(NoTracking::new("chosen by the test".into())));
+    let write_protect = maker("write_protect", |_| WriteProtect::new());
+    none.into_iter().chain(write_protect).chain(soft_dirty()).collect()
+}
+
+/// The best of this kernel's.
+fn best(target: &Target) -> Box<dyn DirtyTracker> {
+    match best_method() {
+        Method::SoftDirty => Box::new(SoftDirty::new(&target.cgroup_procs()).unwrap()),
+        _ => Box::new(WriteProtect::new().unwrap()),
+    }
 }
 
 /// Runs a scenario with every tracker and with every policy.
 fn on_all(before: &str, scenario: impl Fn(&mut Move)) {
     let history = TransferPolicy::History { window: 4, threshold: 2 };
     for policy in [TransferPolicy::All, history, TransferPolicy::Adaptive] {
-        for tracker in trackers() {
+        for make in trackers() {
             let mut target = Target::start();
             target.tell(before);
+            let tracker = make(&target);
             let mut moving = Move::begin(target, tracker, policy);
             scenario(&mut moving);
             moving.finish();
@@ -218,6 +262,7 @@ fn what_is_owed_at_the_freeze_and_comes_later_is_what_was_frozen() {
         for tracker in trackers() {
             let mut target = Target::start();
             target.tell("map 0 2000; write 0 0 1500; fork; map 1 300; write 1 0 300; zero 1 0 40");
+            let tracker = tracker(&target);
             let mut moving = Move::begin(target, tracker, policy);
             moving.round();
             moving.tell("write 0 100 400; zero 0 300 20; dontneed 0 1000 100; write 1 250 10");
@@ -256,6 +301,34 @@ fn a_mapping_replaced_just_before_the_freeze() {
         moving.round();
         moving.round();
         moving.tell("replace 0; onto 1 0");
+    });
+}
+
+#[test]
+fn whole_page_tables_that_move() {
+    // 2 MiB each, aligned: the kernel moves the table and looks at no entry.
+    on_all("aligned 0 1024; aligned 1 1024; aligned 2 512; write 0 0 1024; write 1 0 1024", |moving| {
+        moving.round();
+        moving.round();
+        moving.tell("onto 0 1; write 2 5 5");
+        moving.round();
+        moving.round();
+        moving.tell("aligned 3 1024; write 3 0 1024");
+        moving.round();
+        moving.round();
+        moving.tell("onto 1 3");
+    });
+}
+
+#[test]
+fn huge_pages_of_zeros_and_pages_that_were_discarded_and_read() {
+    on_all("thp 0 2048; write 0 0 1024; read 0 1024 1024; thp 1 1024; read 1 0 1024", |moving| {
+        moving.round();
+        moving.round();
+        moving.tell("dontneed 0 0 512; read 0 0 512; write 0 1030 3; dontneed 0 600 8; read 0 600 8");
+        moving.round();
+        moving.round();
+        moving.tell("dontneed 0 0 1024; read 0 0 1024; write 1 700 1");
     });
 }
 
@@ -310,7 +383,8 @@ fn exec_replaces_everything() {
 fn a_process_that_shares_memory_is_reported_and_whole() {
     let mut target = Target::start();
     target.tell("map 0 300; write 0 0 300; clonevm");
-    let mut moving = Move::begin(target, Box::new(WriteProtect::new().unwrap()), TransferPolicy::All);
+    let tracker = best(&target);
+    let mut moving = Move::begin(target, tracker, TransferPolicy::All);
     let report = moving.round();
     let shares = |report: &haulage_pages::source::ProcessReport| {
         matches!(report.tracking, Tracking::Untracked(Untracked::SharesMemory { .. }))
@@ -329,7 +403,8 @@ fn a_round_finds_exactly_what_was_written() {
     let mut target = Target::start();
     target.tell("map 0 3000; write 0 0 2000; read 0 2500 100");
     let (mut source, report) = SourceEngine::begin(&target.cgroup_procs(), SourceOptions::default()).unwrap();
-    assert_eq!(report.method, Method::WriteProtect);
+    assert_eq!(report.method, best_method());
+    assert_eq!(report.kernel.is_some(), best_method() != Method::WriteProtect, "{report:?}");
     assert!(
         report.processes.iter().all(|process| process.untracked().is_none() && process.refused().is_empty())
     );
@@ -370,7 +445,8 @@ fn a_look_tells_pages_that_are_written_from_those_at_rest() {
 fn only_a_frozen_container_has_a_final_round_and_a_thawed_one_goes_on() {
     let mut target = Target::start();
     target.tell("map 0 500; write 0 0 500");
-    let mut moving = Move::begin(target, Box::new(WriteProtect::new().unwrap()), TransferPolicy::All);
+    let tracker = best(&target);
+    let mut moving = Move::begin(target, tracker, TransferPolicy::All);
     moving.round();
     let ignore = &mut |_| ControlFlow::Continue(());
     assert!(matches!(moving.source.final_round(ignore), Err(SourceError::NotFrozen)));
@@ -389,14 +465,12 @@ fn only_a_frozen_container_has_a_final_round_and_a_thawed_one_goes_on() {
 fn a_process_that_does_not_stop_is_reported_and_tried_again() {
     let mut target = Target::start();
     target.tell("map 0 300; write 0 0 300");
-    // A frozen process of version 1 cannot be stopped for injection; one of version 2 can.
+    // A frozen process of version 1 cannot be stopped for injection; one of version 2 does not run the injected call.
     target.freeze();
     let began = SourceEngine::begin(&target.cgroup_procs(), SourceOptions::default());
     target.freezer().thaw().unwrap();
     let (mut source, report) = began.unwrap();
-    if target.cgroup_procs().with_file_name("freezer.state").exists() {
-        assert!(matches!(report.processes[0].untracked(), Some(Untracked::Injection { .. })), "{report:?}");
-    }
+    assert!(matches!(report.processes[0].untracked(), Some(Untracked::Injection { .. })), "{report:?}");
     target.tell("write 0 30 30");
     let report = source.round(Pace::default(), &mut |_| ControlFlow::Continue(())).unwrap();
     assert!(report.processes[0].untracked().is_none() && report.dirty_pages >= 300, "{report:?}");
@@ -421,4 +495,72 @@ fn dropping_the_engine_leaves_nothing_in_the_target() {
     assert!(!registered(&target));
     assert_eq!(descriptors(&target), before);
     target.tell("write 0 0 300");
+}
+
+#[test]
+fn marks_that_are_read_by_others_are_left_alone() {
+    let Some(make) = soft_dirty() else { return };
+    let mut target = Target::start();
+    target.tell("map 0 300; write 0 0 300");
+    let tracker = make(&target);
+    let mut moving = Move::begin(target, tracker, TransferPolicy::All);
+    assert!(moving.round().processes[0].untracked().is_none());
+    moving.tell("marks; write 0 30 30");
+    let report = moving.round();
+    assert!(matches!(report.processes[0].untracked(), Some(Untracked::KernelCannot { .. })), "{report:?}");
+    let page = moving.target.pid();
+    let marked = |pid| {
+        let mapped = Maps::of(pid).unwrap().tracked_pages();
+        let pagemap = Pagemap::open(pid).unwrap();
+        let entry = |page: PageNo| {
+            let mut entries = [Entry::default()];
+            pagemap.read_entries(page.0, &mut entries).unwrap();
+            entries[0].is_soft_dirty()
+        };
+        mapped.pages().filter(|page| entry(*page)).count()
+    };
+    assert!(marked(page) >= 30);
+    moving.finish();
+}
+
+#[test]
+fn two_that_follow_soft_dirty_marks_do_not_take_each_others_away() {
+    let Some(make) = soft_dirty() else { return };
+    let mut target = Target::start();
+    target.tell("map 0 900; write 0 0 900");
+    let (tracker, second) = (make(&target), make(&target));
+    let procs = target.cgroup_procs();
+    let mut moving = Move::begin(target, tracker, TransferPolicy::All);
+    moving.round();
+    let (mut other, _) = SourceEngine::begin_with(&procs, second, None, SourceOptions::default()).unwrap();
+    for turn in 0..4 {
+        moving.tell(&format!("write 0 {} 40; map {} 50; write {} 0 50", turn * 50, turn + 1, turn + 1));
+        other.round(Pace::default(), &mut |_| ControlFlow::Continue(())).unwrap();
+        moving.tell(&format!("write 0 {} 40", turn * 50 + 300));
+        moving.round();
+        moving.tell(&format!("write 0 {} 40", turn * 50 + 500));
+        other.round(Pace::default(), &mut |_| ControlFlow::Continue(())).unwrap();
+    }
+    drop(other);
+    moving.finish();
+}
+
+#[test]
+fn a_round_that_could_not_stop_all_threads_loses_nothing() {
+    let Some(make) = soft_dirty() else { return };
+    let mut target = Target::start();
+    target.tell("map 0 500; write 0 0 500");
+    let tracker = make(&target);
+    let mut moving = Move::begin(target, tracker, TransferPolicy::All);
+    moving.round();
+    moving.tell("write 0 100 100; race 0");
+    let pids = [moving.target.pid()];
+    // Traced by us meanwhile, on another thread.
+    let report = standstill::while_still(&|| Some(pids.to_vec()), std::time::Duration::from_secs(10), || {
+        moving.round()
+    });
+    assert!(report.unwrap().dirty_pages >= 100);
+    moving.tell("stop; write 0 300 10");
+    assert!(moving.round().dirty_pages >= 110);
+    moving.finish();
 }

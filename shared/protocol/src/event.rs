@@ -34,7 +34,7 @@ pub enum What {
     },
     /// How writes are tracked. `none` means that the whole memory is sent while the container is frozen.
     Tracking {
-        /// `write_protect` or `none`.
+        /// `write_protect`, `soft_dirty` or `none`.
         tracker: String,
         /// Why not by write protection, when not.
         reason: Option<String>,

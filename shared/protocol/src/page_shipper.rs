@@ -53,7 +53,8 @@ pub struct StartTracking {
 /// The answer to [`StartTracking`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TrackingStarted {
-    /// How writes are tracked: `write_protect`, or `none` when the kernel cannot, and the final round sends all.
+    /// How writes are tracked: `write_protect`; `soft_dirty` on older kernels, which stops the container for a moment in
+    /// each round; or `none` when the kernel cannot, and the final round sends all.
     pub tracker: String,
     /// Why not by write protection, when not.
     pub reason: Option<String>,
@@ -168,7 +169,7 @@ pub struct SampleWrites {
 /// The answer to [`SampleWrites`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WritesSampled {
-    /// How writes were tracked: `write_protect`, or `none`, and then `classes` is empty.
+    /// How writes were tracked: `write_protect`; or what a migration would have, and then `classes` is empty.
     pub tracker: String,
     /// Why not by write protection, when not.
     pub reason: Option<String>,

@@ -26,7 +26,7 @@ use crate::abi;
 use crate::error::CallError;
 use crate::pidfd;
 use crate::ptrace::{Stop, Tracee, Waited};
-use crate::thread_choice::{self, REPEATABLE_AFTER_EINTR};
+use crate::thread_choice;
 use crate::uffd;
 use crate::vm_read::VmReader;
 
@@ -34,8 +34,6 @@ use crate::vm_read::VmReader;
 const ATTEMPTS: u32 = 16;
 /// Code segment of 64-bit user code. A thread elsewhere runs 32-bit code now and has another register layout.
 const CS_64: u64 = 0x33;
-/// `EINTR` as the kernel leaves it in `rax`.
-const MINUS_EINTR: u64 = (-(libc::EINTR as i64)) as u64;
 
 /// Why no descriptor could be had. The process runs on as before in every case.
 #[derive(Debug, thiserror::Error)]
@@ -46,7 +44,7 @@ pub enum InjectError {
     /// Another tracer has it, or we lack the right to trace it.
     #[error("the process cannot be traced")]
     NotTraceable(#[source] CallError),
-    /// No thread stopped in time; frozen, or in an uninterruptible wait (as a parent is during `vfork`).
+    /// No thread stopped, or ran on, in time; frozen, or in an uninterruptible wait (as a parent is during `vfork`).
     #[error("no thread stopped within {within:?}")]
     NoStop {
         /// How long was waited for each.
@@ -162,14 +160,14 @@ impl Target<'_> {
             return Err(Miss::Retry);
         }
         let mut restored = saved;
-        if self.must_repeat(&saved)? {
+        if thread_choice::must_repeat(self.pid, self.tid, &saved)? {
             restored.rip = saved.rip.wrapping_sub(2);
             restored.rax = saved.orig_rax;
         }
         let mask = tracee.signal_mask()?;
         tracee.set_signal_mask(u64::MAX)?;
         let mut window = Window { tracee: &tracee, gadget: self.gadget, own: saved, stopped_by: None };
-        let taken = self.take(&mut window);
+        let taken = self.take(&mut window, patience);
         let stop_signal = window.stopped_by;
         tracee.set_registers(&restored)?;
         tracee.set_signal_mask(mask)?;
@@ -184,13 +182,15 @@ impl Target<'_> {
     }
 
     /// The window: makes the descriptor, copies it to us, closes the process's own.
-    fn take(&self, window: &mut Window<'_>) -> Result<OwnedFd, InjectError> {
+    fn take(&self, window: &mut Window<'_>, patience: Duration) -> Result<OwnedFd, InjectError> {
+        let deadline = Some(Instant::now() + patience);
         let number = window
-            .call(libc::SYS_userfaultfd, uffd::CREATE_FLAGS)?
+            .call(libc::SYS_userfaultfd, uffd::CREATE_FLAGS, deadline)?
+            .ok_or(InjectError::NoStop { within: patience })?
             .map_err(|errno| InjectError::Refused(CallError { call: "userfaultfd", errno }))?;
         let ours = pidfd::get_fd(self.process, number as i32);
         // Whatever became of our copy, theirs must not stay behind. Closing a fresh descriptor cannot fail.
-        let _closed = window.call(libc::SYS_close, number)?;
+        let _closed = window.call(libc::SYS_close, number, None)?;
         Ok(ours?)
     }
 
@@ -218,13 +218,6 @@ impl Target<'_> {
             *word = u64::from_ne_bytes(*bytes);
         }
         Ok((found.len() == N).then_some(words))
-    }
-
-    /// Whether our stop made a system call return `EINTR` that would not have.
-    fn must_repeat(&self, saved: &libc::user_regs_struct) -> Result<bool, CallError> {
-        Ok(saved.rax == MINUS_EINTR
-            && REPEATABLE_AFTER_EINTR.contains(&(saved.orig_rax as libc::c_long))
-            && !thread_choice::has_deliverable_signal(self.pid, self.tid)?)
     }
 
     /// Sends a stop signal, held back during the window, to the thread again.
@@ -261,31 +254,47 @@ struct Window<'a> {
 }
 
 impl Window<'_> {
-    /// Makes a system call with one argument in the thread. There is no deadline: leaving now would be the end of it.
-    fn call(&mut self, number: libc::c_long, argument: u64) -> Result<Result<u64, Errno>, CallError> {
+    /// Makes a system call with one argument in the thread. Until the call is begun, not later, it can be given up.
+    /// `None` when it was not begun by the deadline: a thread in a frozen version 2 group stops for us, and does not run.
+    fn call(
+        &mut self,
+        number: libc::c_long,
+        argument: u64,
+        deadline: Option<Instant>,
+    ) -> Result<Option<Result<u64, Errno>>, CallError> {
         let mut registers = self.own;
         registers.rip = self.gadget;
         registers.rax = number as u64;
         registers.orig_rax = u64::MAX;
         registers.rdi = argument;
         self.tracee.set_registers(&registers)?;
-        self.run_to_syscall_stop()?;
-        self.run_to_syscall_stop()?;
+        if !self.run_to_syscall_stop(deadline)? {
+            return Ok(None);
+        }
+        self.run_to_syscall_stop(None)?;
         let result = self.tracee.registers()?.rax as i64;
-        Ok(match i32::try_from(result) {
+        Ok(Some(match i32::try_from(result) {
             Ok(errno) if errno < 0 => Err(Errno::from_raw_os_error(-errno)),
             _ => Ok(result as u64),
-        })
+        }))
     }
 
-    fn run_to_syscall_stop(&mut self) -> Result<(), CallError> {
+    /// Whether it has come there; if not, it is stopped where it was.
+    fn run_to_syscall_stop(&mut self, mut deadline: Option<Instant>) -> Result<bool, CallError> {
+        let mut given_up = false;
         self.tracee.resume_to_syscall()?;
         loop {
-            match self.tracee.wait(None)? {
-                Waited::Stopped(Stop::Syscall) => return Ok(()),
+            match self.tracee.wait(deadline)? {
+                Waited::Stopped(Stop::Syscall) => return Ok(true),
                 Waited::Stopped(Stop::Signal(signal)) => self.stopped_by = Some(signal),
+                Waited::Stopped(Stop::Event) if given_up => return Ok(false),
                 Waited::Stopped(Stop::Event) => {}
-                Waited::Ended | Waited::TimedOut => {
+                Waited::TimedOut => {
+                    self.tracee.interrupt()?;
+                    (given_up, deadline) = (true, None);
+                    continue;
+                }
+                Waited::Ended => {
                     return Err(CallError { call: "injected system call", errno: Errno::SRCH });
                 }
             }

@@ -4,9 +4,11 @@
 //! | module | what it does |
 //! | --- | --- |
 //! | [`inject`] | makes a userfaultfd in another process and takes it over |
+//! | [`standstill`] | stops every thread of several processes for a moment |
 //! | [`uffd`] | registers memory for asynchronous write tracking |
 //! | [`lazy`] | serves the missing pages of another process through its userfaultfd |
 //! | [`pagemap`] | `PAGEMAP_SCAN`, and the plain entries of a pagemap |
+//! | [`soft_dirty`] | soft-dirty marks, and which pages are the kernel's pages of zeros |
 //! | [`vm_read`] | reads another process's memory |
 //! | [`pass_fd`] | descriptors over a Unix socket |
 //! | [`pidfd`] | process descriptors; whether two processes share memory |
@@ -35,6 +37,8 @@ pub mod pidfd;
 pub mod process;
 mod ptrace;
 pub mod rcu;
+pub mod soft_dirty;
+pub mod standstill;
 mod thread_choice;
 pub mod uffd;
 pub mod vm_read;

@@ -249,6 +249,19 @@ impl Entry {
     pub fn is_file(self) -> bool {
         self.0 & (1 << 61) != 0
     }
+    /// Mapped by this process only. The kernel's pages of zeros are not.
+    pub fn is_exclusive(self) -> bool {
+        self.0 & (1 << 56) != 0
+    }
+    /// Written since the marks were taken away, or of a mapping that is newer ([`crate::soft_dirty`]).
+    pub fn is_soft_dirty(self) -> bool {
+        self.0 & (1 << 55) != 0
+    }
+    /// Where in physical memory it is; `None` when it is not in memory, or that is hidden from who reads.
+    pub fn frame(self) -> Option<u64> {
+        let frame = self.0 & ((1 << 55) - 1);
+        (self.is_present() && frame != 0).then_some(frame)
+    }
 }
 
 #[cfg(test)]

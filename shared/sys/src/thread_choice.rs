@@ -18,7 +18,7 @@ const SYSCALL: [u8; 2] = [0x0f, 0x05];
 /// then, and can therefore be made again with the same arguments.
 ///
 /// Others restart by themselves. `close` must not be here: it has closed its descriptor when it returns `EINTR`.
-pub(crate) const REPEATABLE_AFTER_EINTR: [libc::c_long; 22] = [
+const REPEATABLE_AFTER_EINTR: [libc::c_long; 22] = [
     libc::SYS_epoll_wait,
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_pwait2,
@@ -43,6 +43,20 @@ pub(crate) const REPEATABLE_AFTER_EINTR: [libc::c_long; 22] = [
     libc::SYS_io_uring_enter,
 ];
 
+/// `EINTR` as the kernel leaves it in `rax`.
+const MINUS_EINTR: u64 = (-(libc::EINTR as i64)) as u64;
+
+/// Whether a stop of ours made a system call return `EINTR` that would not have.
+pub(crate) fn must_repeat(
+    pid: Pid,
+    tid: libc::pid_t,
+    stopped: &libc::user_regs_struct,
+) -> Result<bool, CallError> {
+    Ok(stopped.rax == MINUS_EINTR
+        && REPEATABLE_AFTER_EINTR.contains(&(stopped.orig_rax as libc::c_long))
+        && !has_deliverable_signal(pid, tid)?)
+}
+
 /// The threads of `pid`, best first: those that run or sleep in a call which restarts by itself, before those whose
 /// call must be repeated by us, before those that cannot be stopped now. Dead threads are left out.
 ///
@@ -61,11 +75,19 @@ pub(crate) fn candidates(pid: Pid) -> Result<Vec<libc::pid_t>, CallError> {
     Ok(ranked.into_iter().map(|(_, tid)| tid).collect())
 }
 
-fn rank(pid: Pid, tid: libc::pid_t) -> Option<u8> {
+/// Whether the thread is there and could run.
+pub(crate) fn is_alive(pid: Pid, tid: libc::pid_t) -> bool {
+    state(pid, tid).is_some_and(|state| !matches!(state, b'Z' | b'X' | b'x'))
+}
+
+fn state(pid: Pid, tid: libc::pid_t) -> Option<u8> {
     let stat = fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
     // The name, in parentheses, may itself contain parentheses and spaces.
-    let state = stat.rsplit_once(") ")?.1.bytes().next()?;
-    match state {
+    stat.rsplit_once(") ")?.1.bytes().next()
+}
+
+fn rank(pid: Pid, tid: libc::pid_t) -> Option<u8> {
+    match state(pid, tid)? {
         b'Z' | b'X' | b'x' => None,
         b'D' => Some(2),
         _ => {

@@ -26,9 +26,24 @@ impl WriteTracker {
     /// # Errors
     /// `EINVAL` where the kernel (before 6.7) lacks a feature, or on a descriptor that has been negotiated already.
     pub fn negotiate(fd: OwnedFd) -> Result<Self, CallError> {
-        let features = abi::UFFD_FEATURE_WP_ASYNC
-            | abi::UFFD_FEATURE_WP_UNPOPULATED
-            | abi::UFFD_FEATURE_PAGEFAULT_FLAG_WP;
+        Self::with_features(
+            fd,
+            abi::UFFD_FEATURE_WP_ASYNC
+                | abi::UFFD_FEATURE_WP_UNPOPULATED
+                | abi::UFFD_FEATURE_PAGEFAULT_FLAG_WP,
+        )
+    }
+
+    /// Negotiates on a fresh descriptor what suffices to register memory, and to see later which mappings are still
+    /// those that were registered. Nothing is ever protected, so no fault is ever delivered.
+    ///
+    /// # Errors
+    /// `EINVAL` where the kernel (before 5.7) lacks write protection, or on a descriptor that has been negotiated already.
+    pub fn negotiate_registration(fd: OwnedFd) -> Result<Self, CallError> {
+        Self::with_features(fd, abi::UFFD_FEATURE_PAGEFAULT_FLAG_WP)
+    }
+
+    fn with_features(fd: OwnedFd, features: u64) -> Result<Self, CallError> {
         let mut arg = abi::UffdioApi { api: abi::UFFD_API, features, ioctls: 0 };
         // SAFETY: UFFDIO_API reads and writes one `struct uffdio_api`, which `arg` is.
         let done = unsafe { libc::ioctl(fd.as_raw_fd(), abi::UFFDIO_API, &raw mut arg) };
@@ -40,13 +55,15 @@ impl WriteTracker {
     /// # Errors
     /// `ENOSYS` where the kernel has no userfaultfd; see [`Self::negotiate`].
     pub fn of_self() -> Result<Self, CallError> {
-        // SAFETY: the call takes flags only and returns a new descriptor or -1.
-        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, CREATE_FLAGS) };
-        match i32::try_from(fd) {
-            // SAFETY: the descriptor is fresh from the kernel and nobody else owns it.
-            Ok(fd) if fd >= 0 => Self::negotiate(unsafe { OwnedFd::from_raw_fd(fd) }),
-            _ => Err(CallError::last("userfaultfd")),
-        }
+        Self::negotiate(descriptor_of_self()?)
+    }
+
+    /// As [`Self::of_self`], for registration only.
+    ///
+    /// # Errors
+    /// `ENOSYS` where the kernel has no userfaultfd; see [`Self::negotiate_registration`].
+    pub fn registration_of_self() -> Result<Self, CallError> {
+        Self::negotiate_registration(descriptor_of_self()?)
     }
 
     /// Registers `len` bytes from `start` (both multiples of the page size) for write tracking.
@@ -74,15 +91,39 @@ impl WriteTracker {
     pub fn is_alive(&self) -> Result<bool, CallError> {
         // The topmost page of user memory is unmapped, or the stack's, and never registered: a living process
         // answers ENOENT and nothing is changed.
-        let range = abi::UffdioRange { start: abi::ADDRESS_END - abi::PAGE_SIZE, len: abi::PAGE_SIZE };
+        match self.is_registered(abi::ADDRESS_END - abi::PAGE_SIZE) {
+            Ok(_) => Ok(true),
+            Err(CallError { errno: Errno::SRCH, .. }) => Ok(false),
+            Err(other) => Err(other),
+        }
+    }
+
+    /// Whether the mapping at `start` (a multiple of the page size) is registered for write protection, by this
+    /// descriptor or another. A mapping that was moved or made since is not.
+    ///
+    /// It is asked by lifting the protection of that one page, which has none where nothing is ever protected.
+    ///
+    /// # Errors
+    /// `ESRCH` when the process exited or called `exec`.
+    pub fn is_registered(&self, start: u64) -> Result<bool, CallError> {
+        let range = abi::UffdioRange { start, len: abi::PAGE_SIZE };
         let mut arg = abi::UffdioWriteProtect { range, mode: 0 };
         // SAFETY: UFFDIO_WRITEPROTECT reads one `struct uffdio_writeprotect`, which `arg` is.
         let done = unsafe { libc::ioctl(self.0.as_raw_fd(), abi::UFFDIO_WRITEPROTECT, &raw mut arg) };
         match if done == -1 { CallError::last("ioctl UFFDIO_WRITEPROTECT") } else { return Ok(true) } {
-            CallError { errno: Errno::NOENT, .. } => Ok(true),
-            CallError { errno: Errno::SRCH, .. } => Ok(false),
+            CallError { errno: Errno::NOENT, .. } => Ok(false),
             other => Err(other),
         }
+    }
+}
+
+fn descriptor_of_self() -> Result<OwnedFd, CallError> {
+    // SAFETY: the call takes flags only and returns a new descriptor or -1.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, CREATE_FLAGS) };
+    match i32::try_from(fd) {
+        // SAFETY: the descriptor is fresh from the kernel and nobody else owns it.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(CallError::last("userfaultfd")),
     }
 }
 

@@ -12,10 +12,12 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use haulage_sys::freezer::{Freezer, FreezerState};
 use haulage_sys::inject::{InjectError, userfaultfd_of};
 use haulage_sys::uffd::WriteTracker;
 use haulage_sys::{Pid, pidfd};
@@ -273,4 +275,44 @@ fn our_copy_is_close_on_exec() {
     let fd = userfaultfd_of(target.pid(), PATIENCE).unwrap();
     assert!(rustix::io::fcntl_getfd(&fd).unwrap().contains(rustix::io::FdFlags::CLOEXEC));
     assert!(fd.as_raw_fd() > 2);
+}
+
+#[test]
+fn a_frozen_process_is_left_as_it_is() {
+    for root in ["/sys/fs/cgroup/freezer", "/sys/fs/cgroup/unified", "/sys/fs/cgroup"] {
+        let group = Path::new(root).join(format!("haul-sys-inject-{}", std::process::id()));
+        if std::fs::create_dir(&group).is_err() {
+            continue;
+        }
+        let Ok(freezer) = Freezer::open(&group) else {
+            std::fs::remove_dir(&group).unwrap();
+            continue;
+        };
+        // It waits in a call that restarts by itself: others end with `EINTR` in a freezer, whoever freezes.
+        let target = Target::start("signals");
+        let (pid, before) = (target.pid(), descriptors(target.pid()));
+        std::fs::write(group.join("cgroup.procs"), pid.to_string()).unwrap();
+        freezer.freeze(PATIENCE).unwrap();
+        let refused = userfaultfd_of(pid, Duration::from_millis(50));
+        // It is on its way back into the freezer.
+        let deadline = std::time::Instant::now() + PATIENCE;
+        while freezer.state().unwrap() != FreezerState::Frozen && std::time::Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+        let state = freezer.state().unwrap();
+        freezer.thaw().unwrap();
+        let again = userfaultfd_of(pid, PATIENCE);
+        let after = descriptors(pid);
+        let verdict = target.finish();
+        let deadline = std::time::Instant::now() + PATIENCE;
+        while std::fs::remove_dir(&group).is_err() && std::time::Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+        // Version 1 may let a thread run that it has frozen in its sleep.
+        let version_1 = root.ends_with("freezer") && refused.is_ok();
+        assert!(version_1 || matches!(refused, Err(InjectError::NoStop { .. })), "{root}: {refused:?}");
+        assert_eq!(state, FreezerState::Frozen, "{root}");
+        assert!(again.is_ok() && after == before, "{root}: {again:?}");
+        assert!(verdict.ends_with("signals 0"), "{root}: {verdict}");
+    }
 }

@@ -25,6 +25,7 @@ fn processes_that_fork_exec_map_and_exit_all_the_time() {
         for tracker in trackers() {
             let mut target = Target::start();
             target.tell("map 0 300; write 0 0 300; churn; churn; churn");
+            let tracker = tracker(&target);
             let mut moving = Move::begin(target, tracker, TransferPolicy::All);
             for _ in 0..rounds {
                 moving.round();
