@@ -1,7 +1,7 @@
 //! The dump, and the hold that follows it.
 
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -9,8 +9,10 @@ use haulage_criu::dump::{self, DumpRequest};
 use haulage_criu::held::HeldDump;
 use haulage_criu::mask::PagemapMask;
 use haulage_criu::rpc::NetworkLock;
+use haulage_criu::shared::{LeftOut, SharedObject, SharedProcess};
 use haulage_engine::BundleFacts;
 use haulage_pages::maps::Maps;
+use haulage_pages::object;
 use haulage_pages::process;
 use haulage_protocol::checkpointer::{Confirmed, Dump, Dumped, Network};
 use haulage_protocol::fault::{Fault, code};
@@ -80,7 +82,7 @@ fn dump_frozen(
     for dir in [&images, &work] {
         std::fs::create_dir_all(dir).map_err(fault(DUMP))?;
     }
-    let mask = cover(mask, session)?;
+    let mask = cover(mask, session, &images)?;
     let request = request(&session.bundle, images.clone(), work, network)?;
     let held = dump::Dump::start(&service.criu, &request, Some(mask)).map_err(fault(DUMP))?;
     session.state = State::Held(held);
@@ -94,16 +96,34 @@ fn dump_frozen(
     })
 }
 
-/// Hides the memory that the page-shipper carries.
-fn cover(mut mask: PagemapMask, session: &Session) -> Result<PagemapMask, Fault> {
+/// Hides the memory that the page-shipper carries, and writes down what CRIU does not even know of.
+fn cover(mut mask: PagemapMask, session: &Session, images: &Path) -> Result<PagemapMask, Fault> {
+    let mut all = Vec::new();
     for process in process::list(&session.notes.procs).map_err(fault(DUMP))? {
         let maps = Maps::of(process.pid).map_err(fault(DUMP))?;
         // A zombie has no memory, and no pagemap to cover.
-        if maps.regions().is_empty() {
-            continue;
+        if !maps.regions().is_empty() {
+            all.push((process, maps));
         }
+    }
+    let objects = object::carried(&all).map_err(fault(DUMP))?;
+    let mut left_out = LeftOut::default();
+    for (process, maps) in &all {
         let hidden: Vec<_> = maps.tracked().map(|pages| pages.addresses()).collect();
-        mask.cover(process.pid.as_raw_nonzero().get(), &hidden).map_err(fault(DUMP))?;
+        let theirs = objects.values().flatten().filter(|mapping| mapping.process == *process);
+        let unknown: Vec<_> = theirs.map(|mapping| mapping.pages.addresses()).collect();
+        let pid = process.pid.as_raw_nonzero().get();
+        let mappings = mask.cover_shared(pid, &hidden, &unknown).map_err(fault(DUMP))?;
+        if !mappings.is_empty() {
+            left_out.processes.push(SharedProcess { pid: process.vpid.0, mappings });
+        }
+    }
+    for (id, mappings) in &objects {
+        let size = object::size(*id, mappings).map_err(fault(DUMP))?;
+        left_out.objects.push(SharedObject { id: id.0, size });
+    }
+    if !left_out.objects.is_empty() {
+        left_out.write(images).map_err(fault(DUMP))?;
     }
     Ok(mask)
 }
@@ -130,7 +150,7 @@ fn request(
     Ok(request)
 }
 
-fn size(dir: &std::path::Path) -> std::io::Result<Bytes> {
+fn size(dir: &Path) -> std::io::Result<Bytes> {
     let mut bytes = 0;
     for entry in std::fs::read_dir(dir)? {
         bytes += entry?.metadata()?.len();

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 use haulage_pages::frame::Batch;
 use haulage_pages::manifest::{FinalManifest, ManifestBuilder};
+use haulage_pages::store::Objects;
 use haulage_pages::target::{FinishReport, TargetEngine, TargetError};
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::unit::Pages;
@@ -33,7 +34,12 @@ pub(crate) struct Arrival {
     pub(crate) engine: TargetEngine,
     /// Lets the source's further connections in.
     pub(crate) more: BulkSession,
+    /// Where the shared memory is kept that came.
+    pub(crate) keep: Arc<Kept>,
 }
+
+/// The shared memory of a sealed store: it is there until it is closed.
+pub(crate) type Kept = Mutex<Option<Objects>>;
 
 /// What all connections of a session share.
 struct Hall {
@@ -41,12 +47,14 @@ struct Hall {
     engine: Mutex<Option<TargetEngine>>,
     /// Batches that are stored.
     stored: watch::Sender<u64>,
+    keep: Arc<Kept>,
 }
 
 impl Receive for Arrival {
     async fn receive(self, connection: &mut BulkConnection) -> Result<(), Fault> {
-        let Self { engine, mut more } = self;
-        let hall = Arc::new(Hall { engine: Mutex::new(Some(engine)), stored: watch::Sender::new(0) });
+        let Self { engine, mut more, keep } = self;
+        let hall = Hall { engine: Mutex::new(Some(engine)), stored: watch::Sender::new(0), keep };
+        let hall = Arc::new(hall);
         let (batches, waiting) = mpsc::channel(BATCHES_AHEAD);
         let waiting = Arc::new(Mutex::new(waiting));
         let mut decoders = JoinSet::new();
@@ -152,8 +160,9 @@ impl Hall {
                 MANIFEST => manifest.push(&frame.payload).map_err(fault(code::MALFORMED))?,
                 FINISH => {
                     let manifest = std::mem::take(&mut manifest).finish().map_err(fault(code::MALFORMED))?;
-                    let FinishReport { pages, dropped_pages, .. } =
+                    let FinishReport { pages, dropped_pages, objects, .. } =
                         tokio::task::block_in_place(|| self.finish(&manifest))?;
+                    *locked(&self.keep) = Some(objects);
                     let finished = Finished { pages: Pages(pages), dropped: Pages(dropped_pages) };
                     let payload = serde_json::to_vec(&finished).map_err(fault(code::INTERNAL))?;
                     return send_now(connection, FINISHED, payload.into()).await;

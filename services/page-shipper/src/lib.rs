@@ -37,6 +37,8 @@ pub(crate) struct PageShipper {
     config: HostConfig,
     arrivals: Arrivals,
     sources: Mutex<HashMap<MigrationId, source::Session>>,
+    /// Shared memory that has come, until the migration is over.
+    kept: Mutex<HashMap<MigrationId, Arc<arrival::Kept>>>,
 }
 
 /// Registers the verbs.
@@ -50,7 +52,8 @@ pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>
     haulage_sys::process::keep_freed_memory(KEPT);
     let arrivals = Arrivals::bind(&shell.config, CARGO).await?;
     shell.facts.insert("pages".to_owned(), arrivals.address().to_string());
-    let service = Arc::new(PageShipper { config: shell.config.clone(), arrivals, sources: Mutex::default() });
+    let (config, sources, kept) = (shell.config.clone(), Mutex::default(), Mutex::default());
+    let service = Arc::new(PageShipper { config, arrivals, sources, kept });
     let server = &mut shell.server;
     let s = service.clone();
     server.answer::<OpenPages, _, _>(move |at, ask| target::open(s.clone(), at.migration, ask)).await?;

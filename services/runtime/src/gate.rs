@@ -2,7 +2,8 @@
 //!
 //! runc's own start takes longer than CRIU's restore. So it is started beforehand, and finds as `criu` this program,
 //! which lets every request through but that of the restore: with it, it waits for the word, and only then becomes
-//! CRIU. The request is looked at and left in the socket, so CRIU reads it as if nobody had been there.
+//! CRIU. The request is looked at and left in the socket, so CRIU reads it as if nobody had been there. With the word come
+//! descriptors of the container's shared memory, which CRIU inherits: a configuration file tells it their names.
 //!
 //! ```text
 //!   haul-runtime ──▶ runc restore ──▶ gate (as criu swrk): peek ── other ──▶ CRIU
@@ -12,14 +13,17 @@
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use haulage_criu::rpc::{Kind, Request};
+use haulage_criu::shared::LeftOut;
 use haulage_criu::swrk::Criu;
-use haulage_engine::armed::ArmedRoot;
+use haulage_engine::armed::{ArmedRoot, State};
 use haulage_sys::pass_fd;
+use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::mount::{UnmountFlags, mount_bind_recursive, unmount};
 
 use crate::failure::Failure;
@@ -35,6 +39,10 @@ const ROOT: &str = "HAUL_GATE_ROOT";
 const CRIU: &str = "HAUL_GATE_CRIU";
 /// The search path that CRIU gets: ours leads to the gate.
 const PATH: &str = "HAUL_GATE_PATH";
+/// Where CRIU reads options besides (`next_config` of `criu/config.c`).
+const CONFIGURATION: &str = "CRIU_CONFIG_FILE";
+/// Ours, in the working directory.
+const INHERITED: &str = "criu-inherited.conf";
 /// The longest request of runc's that is understood; they are below 16 KiB.
 const MAX_REQUEST: usize = 256 << 10;
 
@@ -69,34 +77,55 @@ pub(crate) fn is_called(name: Option<&OsStr>) -> bool {
 pub(crate) fn pass(args: &[OsString]) -> Failure {
     match prepare(args) {
         Err(failure) => failure,
-        Ok(mut criu) => Failure::Gate(criu.exec()),
+        Ok((mut criu, _shared)) => Failure::Gate(criu.exec()),
     }
 }
 
-fn prepare(args: &[OsString]) -> Result<Command, Failure> {
+/// The call of CRIU, and what must be open then.
+fn prepare(args: &[OsString]) -> Result<(Command, Vec<OwnedFd>), Failure> {
     let setting = |name: &str| {
         std::env::var_os(name).ok_or_else(|| Failure::Gate(io::Error::other(format!("{name} is not set"))))
     };
     let (id, container_root) = (setting(CONTAINER)?, PathBuf::from(setting(ROOT)?));
     let id = id.to_string_lossy();
+    let (mut criu, mut shared) = (Command::new(setting(CRIU)?), Vec::new());
     if let Some(request) =
         request(args).map_err(Failure::Gate)?.filter(|request| request.kind == Kind::Restore as i32)
     {
         let armed = ArmedRoot::from_env();
-        if !armed.wait(&id)? {
-            return Err(Failure::CalledOff(id.into_owned()));
-        }
+        let State::Armed(state) = armed.state(&id)? else { return Err(Failure::CalledOff(id.into_owned())) };
+        let Some(handed) = armed.wait(&id)? else { return Err(Failure::CalledOff(id.into_owned())) };
         // Noted before anything else, so that the time is known of which it counts.
         armed.note_go(&id)?;
         renew(&container_root, &request).map_err(Failure::Root)?;
         armed.consume(&id)?;
+        if !handed.is_empty() {
+            criu.env(CONFIGURATION, bequeath(&handed, &state.work).map_err(Failure::Gate)?);
+        }
+        shared = handed;
     }
-    let mut criu = Command::new(setting(CRIU)?);
     criu.args(args).arg0(NAME).env("PATH", setting(PATH)?);
     for name in [CONTAINER, ROOT, CRIU, PATH] {
         criu.env_remove(name);
     }
-    Ok(criu)
+    Ok((criu, shared))
+}
+
+/// Has CRIU, which this process becomes, inherit descriptors under the names that the images have for them: the path of
+/// a configuration file that says so.
+fn bequeath(shared: &[OwnedFd], work: &Path) -> io::Result<PathBuf> {
+    // What the host's administrator has set stays.
+    let mut text = match std::env::var_os(CONFIGURATION) {
+        Some(theirs) => fs::read_to_string(theirs)? + "\n",
+        None => String::new(),
+    };
+    for (index, memory) in shared.iter().enumerate() {
+        fcntl_setfd(memory, FdFlags::empty())?;
+        text.push_str(&format!("inherit-fd fd[{}]:{}\n", memory.as_raw_fd(), LeftOut::key(index)));
+    }
+    let path = work.join(INHERITED);
+    fs::write(&path, text)?;
+    Ok(path)
 }
 
 /// The request that waits in the socket of `criu swrk FD`, which stays there. Any other call has none.

@@ -25,6 +25,12 @@ pub enum ImageKind {
     Mm,
     /// `pagemap-<pid>.img`.
     Pagemap,
+    /// `files.img`.
+    Files,
+    /// `memfd-inode.img`.
+    MemfdInode,
+    /// Not CRIU's but ours: [`crate::shared`].
+    Shared,
 }
 
 impl ImageKind {
@@ -34,6 +40,9 @@ impl ImageKind {
             Self::Pstree => 0x5027_3030,
             Self::Mm => 0x5749_2820,
             Self::Pagemap => 0x5608_4025,
+            Self::Files => 0x5630_3138,
+            Self::MemfdInode => 0x4845_3499,
+            Self::Shared => u32::from_le_bytes(*b"HSM1"),
         }
     }
 
@@ -141,7 +150,8 @@ impl<R: Read> ImageReader<R> {
         ImageError::Unknown { path: self.path.clone(), what: what.to_string() }
     }
 
-    fn next_bytes(&mut self) -> Result<Option<Vec<u8>>, ImageError> {
+    /// The next record as it is.
+    pub(crate) fn next_bytes(&mut self) -> Result<Option<Vec<u8>>, ImageError> {
         let mut head = Vec::with_capacity(4);
         self.inner.by_ref().take(4).read_to_end(&mut head).map_err(io_at(&self.path))?;
         let length = match <[u8; 4]>::try_from(head.as_slice()) {
@@ -182,9 +192,18 @@ impl<W: Write> ImageWriter<W> {
         Ok(Self { path: path.to_owned(), inner })
     }
 
+    /// Goes on with an image that has its header and whole records.
+    pub(crate) fn further(path: &Path, inner: W) -> Self {
+        Self { path: path.to_owned(), inner }
+    }
+
     /// Appends a record.
     pub fn append(&mut self, message: &impl Message) -> Result<(), ImageError> {
-        let bytes = message.encode_to_vec();
+        self.append_bytes(&message.encode_to_vec())
+    }
+
+    /// Appends a record that is encoded already.
+    pub(crate) fn append_bytes(&mut self, bytes: &[u8]) -> Result<(), ImageError> {
         let length = u32::try_from(bytes.len()).ok().filter(|length| *length <= MAX_RECORD);
         let Some(length) = length else {
             return Err(ImageError::Damaged {
@@ -194,7 +213,7 @@ impl<W: Write> ImageWriter<W> {
         };
         self.inner
             .write_all(&length.to_le_bytes())
-            .and_then(|()| self.inner.write_all(&bytes))
+            .and_then(|()| self.inner.write_all(bytes))
             .map_err(io_at(&self.path))
     }
 

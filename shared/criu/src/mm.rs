@@ -1,6 +1,6 @@
 //! `mm-<pid>.img`: the memory mappings of a process, as the restore will make them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::image::{ImageError, ImageKind, ImageReader};
 
@@ -56,11 +56,15 @@ impl Mapping {
 /// # Errors
 /// When the image is missing or damaged.
 pub fn read(dir: &Path, pid: u32) -> Result<Vec<Mapping>, ImageError> {
-    let mut reader = ImageReader::open(&dir.join(format!("mm-{pid}.img")), ImageKind::Mm)?;
+    let mut reader = ImageReader::open(&path(dir, pid), ImageKind::Mm)?;
     let entry: MmEntry = reader.read()?.ok_or_else(|| reader.damaged("it is empty"))?;
     if entry.mappings.is_sorted_by_key(|mapping| mapping.start) {
         Ok(entry.mappings)
     } else {
         Err(reader.unknown("mappings out of order"))
     }
+}
+
+pub(crate) fn path(dir: &Path, pid: u32) -> PathBuf {
+    dir.join(format!("mm-{pid}.img"))
 }

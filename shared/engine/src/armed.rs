@@ -12,19 +12,20 @@
 //! life is never started empty in its place; only [`ArmedRoot::disarm`] frees it.
 
 use std::fs;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Write};
 use std::net::Ipv4Addr;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use haulage_sys::pass_fd;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// The version of this format; another one is refused, not guessed at.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 /// Where armed states lie unless [`ROOT_ENV`] says otherwise.
 pub const DEFAULT_ROOT: &str = "/run/haul/armed";
 /// The environment variable that moves the directory, for tests and for several engines on one machine.
@@ -32,6 +33,8 @@ pub const ROOT_ENV: &str = "HAUL_ARMED_DIR";
 
 /// What a runtime that waits is sent when it shall restore. Anything else, and the end of the connection, calls it off.
 pub const GO: u8 = b'g';
+/// What it is sent before, with the descriptor of shared memory that the restore inherits, in the order of its keys.
+pub const MEMORY: u8 = b'm';
 
 const ARMED: &str = "armed.json";
 const CONSUMED: &str = "consumed.json";
@@ -237,19 +240,17 @@ impl ArmedRoot {
         reachable(&path).and_then(|(path, _dir)| UnixListener::bind(path)).map_err(at(&path))
     }
 
-    /// Waits, as the runtime of container `id`, until it is told to go on: false when it was called off.
+    /// Waits, as the runtime of container `id`, until it is told to go on, and gives the shared memory that it was handed
+    /// before; `None` when it was called off.
     ///
     /// # Errors
     /// When there is nobody to ask.
-    pub fn wait(&self, id: &str) -> Result<bool> {
+    pub fn wait(&self, id: &str) -> Result<Option<Vec<OwnedFd>>> {
         let path = self.dir(id)?.join(GO_SOCKET);
         let connected = reachable(&path).and_then(|(path, _dir)| UnixStream::connect(path));
-        let mut word = Vec::new();
-        let heard = connected.and_then(|stream| stream.take(1).read_to_end(&mut word));
-        match heard {
-            Ok(_) => Ok(word == [GO]),
-            Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(false),
-            Err(error) => Err(at(&path)(error)),
+        match connected.and_then(|stream| hear(&stream)) {
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(None),
+            heard => heard.map_err(at(&path)),
         }
     }
 
@@ -323,6 +324,20 @@ fn at(path: &Path) -> impl FnOnce(io::Error) -> ArmedError {
     move |source| ArmedError::Io { path, source }
 }
 
+/// What a runtime is told, up to the word.
+fn hear(stream: &UnixStream) -> io::Result<Option<Vec<OwnedFd>>> {
+    let mut shared = Vec::new();
+    loop {
+        match pass_fd::receive(stream) {
+            Ok(Some((MEMORY, Some(memory)))) => shared.push(memory),
+            Ok(Some((GO, None))) => return Ok(Some(shared)),
+            Ok(_) => return Ok(None),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
 /// A name of `path` that is short enough for a socket, and what it stands on.
 fn reachable(path: &Path) -> io::Result<(PathBuf, fs::File)> {
     let (dir, name) = path.parent().zip(path.file_name()).ok_or(ErrorKind::InvalidInput)?;
@@ -392,16 +407,41 @@ mod tests {
     fn a_runtime_waits_until_it_is_told() {
         let (_dir, root) = root();
         assert!(root.wait(ID).is_err(), "nobody listens");
-        for (word, expected) in [(&[GO][..], true), (&[][..], false), (&b"x"[..], false)] {
+        let words = [(&[GO][..], true), (&[][..], false), (&b"x"[..], false), (&[MEMORY, GO][..], false)];
+        for (word, expected) in words {
             root.disarm(ID).unwrap();
             root.arm(ID, &Armed { wait: true, ..Armed::new("m-1", "/images", "/work") }).unwrap();
             let listener = root.listen(ID).unwrap();
             std::thread::scope(|scope| {
                 let waits = scope.spawn(|| root.wait(ID).unwrap());
                 listener.accept().unwrap().0.write_all(word).unwrap();
-                assert_eq!(waits.join().unwrap(), expected);
+                assert_eq!(waits.join().unwrap().is_some(), expected);
             });
         }
+    }
+
+    #[test]
+    fn a_runtime_is_handed_shared_memory_before_the_word() {
+        use std::os::fd::AsFd;
+        let (_dir, root) = root();
+        root.arm(ID, &Armed { wait: true, ..Armed::new("m-1", "/images", "/work") }).unwrap();
+        let listener = root.listen(ID).unwrap();
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| root.wait(ID).unwrap());
+            let mut restorer = listener.accept().unwrap().0;
+            for text in ["one", "two"] {
+                let mut memory = tempfile::tempfile().unwrap();
+                memory.write_all(text.as_bytes()).unwrap();
+                pass_fd::send(&restorer, MEMORY, Some(memory.as_fd())).unwrap();
+            }
+            restorer.write_all(&[GO]).unwrap();
+            let shared = waits.join().unwrap().unwrap();
+            let texts: Vec<_> = shared
+                .iter()
+                .map(|memory| fs::read_to_string(format!("/proc/self/fd/{}", memory.as_raw_fd())).unwrap())
+                .collect();
+            assert_eq!(texts, ["one", "two"]);
+        });
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! ```text
 //!  source host                                                        target host
 //!  process, maps ─► track (write_protect | none)
-//!                      │ dirty, forgotten
+//!         object ─► shared │ dirty, forgotten
 //!                      ▼
 //!                    ledger ◄─ policy, adaptive, history
 //!                      │ pages to send
@@ -22,6 +22,7 @@
 
 mod absent;
 pub mod adaptive;
+mod births;
 pub mod choice;
 mod chunk;
 pub mod codec;
@@ -37,11 +38,13 @@ pub mod manifest;
 pub mod maps;
 mod named;
 pub mod none;
+pub mod object;
 pub mod policy;
 pub mod process;
 pub mod range;
 pub mod sealed;
 pub mod serve;
+mod shared;
 pub mod source;
 pub mod store;
 pub mod target;

@@ -11,21 +11,23 @@
 //! joins a registered neighbour. So "in a registered mapping and not written" means: this very page, of the mapping
 //! that was registered, since it was protected. Every registration of ours forgets its addresses first.
 
+mod shared;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use haulage_sys::inject::{self, InjectError};
 use haulage_sys::pagemap::{Categories, Filter, Pagemap};
 use haulage_sys::uffd::WriteTracker;
-use haulage_sys::{ADDRESS_END, CallError, Errno, pidfd};
+use haulage_sys::{ADDRESS_END, CallError, pidfd};
 
 use crate::direct_io;
-use crate::maps::{Maps, MapsError};
+use crate::maps::{Class, Maps, MapsError};
 use crate::process::{Process, Vpid};
 use crate::range::{PageRange, RangeSet};
 use crate::track::{
-    self, Collected, DirtyTracker, EXISTS, FinalScan, Forgotten, Method, Refused, TrackError, Tracking,
-    Untracked,
+    self, Collected, DirtyTracker, EXISTS, FinalScan, Forgotten, Method, Refused, SharedTracker, TrackError,
+    Tracking, Untracked,
 };
 
 /// How long a process may take to stop for injection. Running and sleeping threads stop within microseconds.
@@ -77,12 +79,9 @@ enum RoundError {
 impl RoundError {
     fn is_gone(&self) -> bool {
         match self {
-            Self::Maps(MapsError::Read { source, .. }) => {
-                source.kind() == std::io::ErrorKind::NotFound
-                    || source.raw_os_error() == Some(Errno::SRCH.raw_os_error())
-            }
+            Self::Maps(error) => error.is_of_the_gone(),
             Self::Call(error) => error.is_gone(),
-            Self::Maps(MapsError::Line { .. }) | Self::OtherMemory => false,
+            Self::OtherMemory => false,
         }
     }
 }
@@ -214,7 +213,7 @@ impl Held {
     /// lies between two mappings that are not ours is registered at once: no mapping of ours reaches across these.
     fn register(&mut self, maps: &Maps, wanted: impl Fn(PageRange) -> bool) -> RangeSet {
         let mut registered = RangeSet::new();
-        for (span, mappings) in maps.tracked_spans() {
+        for (span, mappings) in maps.spans_of(Class::Tracked) {
             let mut mappings = mappings.into_iter().filter(|range| wanted(*range)).peekable();
             if mappings.peek().is_none() {
                 continue;
@@ -310,6 +309,10 @@ fn unknown(process: Process, reason: Untracked) -> Collected {
 impl DirtyTracker for WriteProtect {
     fn method(&self) -> Method {
         Method::WriteProtect
+    }
+
+    fn shared(&mut self) -> Option<&mut dyn SharedTracker> {
+        Some(self)
     }
 
     fn begin(&mut self, processes: &[Process]) -> Vec<(Process, Tracking)> {
