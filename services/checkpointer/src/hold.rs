@@ -11,9 +11,11 @@ use haulage_criu::held::HeldDump;
 use haulage_criu::mask::PagemapMask;
 use haulage_criu::packets;
 use haulage_criu::rpc::NetworkLock;
+use haulage_criu::shared::{LeftOut, SharedObject, SharedProcess};
 use haulage_engine::BundleFacts;
 use haulage_pages::in_flight::Rings;
 use haulage_pages::maps::Maps;
+use haulage_pages::object;
 use haulage_pages::process::{self, Vpid};
 use haulage_protocol::checkpointer::{Confirmed, Dump, Dumped, Network};
 use haulage_protocol::fault::{Fault, code};
@@ -89,7 +91,7 @@ fn dump_frozen(
     for dir in [&images, &work] {
         std::fs::create_dir_all(dir).map_err(fault(DUMP))?;
     }
-    let (mask, guards) = cover(mask, session)?;
+    let (mask, guards) = cover(mask, session, &images)?;
     let request = request(&session.bundle, images.clone(), work, network);
     let held = dump::Dump::start(&service.criu, &request, Some(mask)).map_err(fault(DUMP))?;
     for (vpid, guards) in guards {
@@ -120,19 +122,38 @@ fn keep_packets(migration: &MigrationId, session: &mut Session, images: &Path) {
 /// The guard regions of each process, which are addresses.
 type Guards = Vec<(Vpid, Vec<Range<u64>>)>;
 
-/// Hides the memory that the page-shipper carries, and tells what CRIU does not see behind the mask.
-fn cover(mut mask: PagemapMask, session: &Session) -> Result<(PagemapMask, Guards), Fault> {
+/// Hides the memory that the page-shipper carries, writes down what CRIU does not even know of, and tells what else it does
+/// not see behind the mask.
+fn cover(mut mask: PagemapMask, session: &Session, images: &Path) -> Result<(PagemapMask, Guards), Fault> {
     let mut guards = Guards::new();
+    let mut all = Vec::new();
     for process in process::list(&session.notes.procs).map_err(fault(DUMP))? {
         let maps = Maps::of(process.pid).map_err(fault(DUMP))?;
         // A zombie has no memory, and no pagemap to cover.
-        if maps.regions().is_empty() {
-            continue;
+        if !maps.regions().is_empty() {
+            all.push((process, maps));
         }
+    }
+    let objects = object::carried(&all).map_err(fault(DUMP))?;
+    let mut left_out = LeftOut::default();
+    for (process, maps) in &all {
         let hidden: Vec<_> = maps.tracked().map(|pages| pages.addresses()).collect();
-        mask.cover(process.pid.as_raw_nonzero().get(), &hidden).map_err(fault(DUMP))?;
         let guarded = Pagemap::open(process.pid).and_then(|mut pagemap| pagemap.guards());
         guards.push((process.vpid, guarded.map_err(fault(DUMP))?));
+        let theirs = objects.values().flatten().filter(|mapping| mapping.process == *process);
+        let unknown: Vec<_> = theirs.map(|mapping| mapping.pages.addresses()).collect();
+        let pid = process.pid.as_raw_nonzero().get();
+        let mappings = mask.cover_shared(pid, &hidden, &unknown).map_err(fault(DUMP))?;
+        if !mappings.is_empty() {
+            left_out.processes.push(SharedProcess { pid: process.vpid.0, mappings });
+        }
+    }
+    for (id, mappings) in &objects {
+        let size = object::size(*id, mappings).map_err(fault(DUMP))?;
+        left_out.objects.push(SharedObject { id: id.0, size });
+    }
+    if !left_out.objects.is_empty() {
+        left_out.write(images).map_err(fault(DUMP))?;
     }
     Ok((mask, guards))
 }

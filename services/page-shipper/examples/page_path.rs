@@ -144,7 +144,9 @@ async fn path(full: &Full, words: &[&str], gb: f64) {
     let receiving = tokio::spawn(async move {
         let mut connection = first.accept().await.unwrap();
         if !sink {
-            return drop(arrival::Arrival { engine, more }.receive(&mut connection).await);
+            return drop(
+                arrival::Arrival { engine, more, keep: Default::default() }.receive(&mut connection).await,
+            );
         }
         tokio::spawn(async move {
             while let Some(mut connection) = more.accept().await {

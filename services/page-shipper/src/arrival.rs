@@ -14,6 +14,7 @@ use bytes::Bytes;
 use haulage_pages::frame::Batch;
 use haulage_pages::link;
 use haulage_pages::manifest::{FinalManifest, ManifestBuilder};
+use haulage_pages::store::Objects;
 use haulage_pages::target::{FinishReport, TargetEngine, TargetError};
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::unit::Pages;
@@ -39,13 +40,19 @@ pub(crate) struct Arrival {
     pub(crate) engine: TargetEngine,
     /// Lets the source's further connections in.
     pub(crate) more: BulkSession,
+    /// Where the shared memory is kept that came.
+    pub(crate) keep: Arc<Kept>,
 }
+
+/// The shared memory of a sealed store: it is there until it is closed.
+pub(crate) type Kept = Mutex<Option<Objects>>;
 
 /// What all connections of a session share.
 struct Hall {
     way: Mutex<Way>,
     /// Batches that are stored.
     stored: watch::Sender<u64>,
+    keep: Arc<Kept>,
 }
 
 /// Where batches go.
@@ -59,8 +66,9 @@ enum Way {
 
 impl Receive for Arrival {
     async fn receive(self, connection: &mut BulkConnection) -> Result<(), Fault> {
-        let Self { engine, mut more } = self;
-        let hall = Arc::new(Hall { way: Mutex::new(Way::Store(engine)), stored: watch::Sender::new(0) });
+        let Self { engine, mut more, keep } = self;
+        let way = Mutex::new(Way::Store(engine));
+        let hall = Arc::new(Hall { way, stored: watch::Sender::new(0), keep });
         let (batches, waiting) = mpsc::channel(BATCHES_AHEAD);
         let waiting = Arc::new(Mutex::new(waiting));
         let mut decoders = JoinSet::new();
@@ -177,7 +185,8 @@ impl Hall {
                     let manifest = std::mem::take(&mut manifest).finish().map_err(fault(code::MALFORMED))?;
                     let owed = std::mem::take(&mut owed).finish().map_err(fault(code::MALFORMED))?;
                     let (report, relay) = tokio::task::block_in_place(|| self.finish(&manifest, &owed))?;
-                    let FinishReport { pages, dropped_pages, .. } = report;
+                    let FinishReport { pages, dropped_pages, objects, .. } = report;
+                    *locked(&self.keep) = Some(objects);
                     let finished = Finished { pages: Pages(pages), dropped: Pages(dropped_pages) };
                     let payload = serde_json::to_vec(&finished).map_err(fault(code::INTERNAL))?;
                     send_now(connection, FINISHED, payload.into()).await?;

@@ -42,7 +42,7 @@ async fn session_in(dir: tempfile::TempDir) -> Session {
     let (migration, token) = (MigrationId::generate(), Token::generate());
     let engine = TargetEngine::create(&dir.path().join("store"), StoreLimits::default()).unwrap();
     let more = arrivals.more(&migration, &token).unwrap();
-    arrivals.open(migration.clone(), &token, Arrival { engine, more }).unwrap();
+    arrivals.open(migration.clone(), &token, Arrival { engine, more, keep: Arc::default() }).unwrap();
     let address = arrivals.address().to_string();
     let stranger = Departure::connect_more(&address, &migration, &Token::generate(), CARGO).await;
     assert_eq!(stranger.unwrap_err().code.as_str(), "wrong_token");

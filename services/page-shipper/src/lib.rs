@@ -47,6 +47,8 @@ pub(crate) struct PageShipper {
     watched: Arc<Watched>,
     /// What containers that run on their targets are still owed.
     debts: Mutex<HashMap<MigrationId, debt::Debt>>,
+    /// Shared memory that has come, until the migration is over.
+    kept: Mutex<HashMap<MigrationId, Arc<arrival::Kept>>>,
 }
 
 /// Registers the verbs.
@@ -59,8 +61,14 @@ pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>
     }
     let arrivals = Arrivals::bind(&shell.config, CARGO).await?;
     shell.facts.insert("pages".to_owned(), arrivals.address().to_string());
-    let (config, sources, debts) = (shell.config.clone(), Mutex::default(), Mutex::default());
-    let service = Arc::new(PageShipper { config, arrivals, sources, watched: Arc::default(), debts });
+    let service = Arc::new(PageShipper {
+        config: shell.config.clone(),
+        arrivals,
+        sources: Mutex::default(),
+        watched: Arc::default(),
+        debts: Mutex::default(),
+        kept: Mutex::default(),
+    });
     let server = &mut shell.server;
     let s = service.clone();
     server.answer::<OpenPages, _, _>(move |at, ask| target::open(s.clone(), at.migration, ask)).await?;

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use haulage_pages::store::StoreLimits;
 use haulage_pages::target::TargetEngine;
@@ -14,7 +14,7 @@ use haulage_service::config::HostConfig;
 use haulage_service::notes;
 
 use crate::PageShipper;
-use crate::arrival::Arrival;
+use crate::arrival::{Arrival, Kept};
 use crate::failure::{MAKE_ROOM, STORE, fault, joined};
 
 /// The page store in a migration's directory.
@@ -35,8 +35,9 @@ pub(crate) async fn open(
         Ok((store, engine))
     });
     let (store, engine) = joined(made.await)?;
-    let more = service.arrivals.more(&migration, &ask.token)?;
-    service.arrivals.open(migration, &ask.token, Arrival { engine, more })?;
+    let (more, keep) = (service.arrivals.more(&migration, &ask.token)?, Arc::<Kept>::default());
+    service.kept.lock().unwrap_or_else(PoisonError::into_inner).insert(migration.clone(), keep.clone());
+    service.arrivals.open(migration, &ask.token, Arrival { engine, more, keep })?;
     let address = service.arrivals.address().to_string();
     Ok(PagesOpened { address, store: store.to_string_lossy().into_owned() })
 }
@@ -82,9 +83,12 @@ fn available() -> io::Result<u64> {
         .ok_or_else(|| io::Error::other("/proc/meminfo has no MemAvailable"))
 }
 
-/// Removes the store, wherever it is.
+/// Removes the store, wherever it is, and lets go of its shared memory.
 pub(crate) async fn remove_store(service: Arc<PageShipper>, migration: MigrationId) -> Result<(), Fault> {
+    let kept = service.kept.lock().unwrap_or_else(PoisonError::into_inner).remove(&migration);
     let work = move || {
+        // Where no container has it, the kernel takes its time to free it.
+        drop(kept);
         let config = &service.config;
         [config.memory_dir(&migration), config.migration_dir(&migration)]
             .iter()

@@ -13,18 +13,20 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io::Write;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use haulage_criu::dump::DESCRIPTORS;
-use haulage_engine::armed::{Armed, GO, TAKE};
+use haulage_engine::armed::{Armed, GO, MEMORY, TAKE};
 use haulage_engine::{ContainerSpec, Engine, EngineError};
 use haulage_protocol::checkpointer::Network;
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::MigrationId;
 use haulage_protocol::restorer::{PacketsTaken, Prepare, Prepared};
 use haulage_protocol::unit::Micros;
+use haulage_sys::pass_fd;
 use tokio::net::UnixListener;
 use tokio::task::JoinHandle;
 
@@ -47,13 +49,16 @@ pub(crate) struct Waiting {
 }
 
 impl Waiting {
-    /// Sends the word, and waits for the engine to say that the container runs.
-    pub(crate) async fn go(mut self) -> Result<(), StartError> {
+    /// Hands over the container's shared memory, sends the word, and waits for the engine to say that the container runs.
+    pub(crate) async fn go(mut self, shared: Vec<OwnedFd>) -> Result<(), StartError> {
         // A start that has failed meanwhile may have left the gate behind, which must not hear the word: nobody would
         // know of what it restored.
         if !self.start.is_finished() {
             // A gate that is gone fails the start, which says more than a broken pipe.
-            let _ = self.runtime.write_all(&[GO]);
+            let sent = shared
+                .iter()
+                .try_for_each(|memory| pass_fd::send(&self.runtime, MEMORY, Some(memory.as_fd())));
+            let _ = sent.and_then(|()| self.runtime.write_all(&[GO]));
         }
         drop(self.runtime);
         match self.start.await {

@@ -58,10 +58,10 @@ pub(crate) async fn restore(
         }
     };
     let (received, complete, store) = (dir.join(IMAGES), dir.join(COMPLETE), PathBuf::from(&ask.store));
-    blocking(move || join::join(&received, &store, &complete)).await?;
+    let shared = blocking(move || join::join(&received, &store, &complete)).await?;
     let merge = Micros::from_duration(began.elapsed());
     let began = Instant::now();
-    if let Err(error) = waiting.go().await {
+    if let Err(error) = waiting.go(shared).await {
         return Err(failed(&service, id, Some(&error)).await);
     }
     let (spoke, replied) = (outcome(&service, id).await?, began.elapsed());

@@ -3,7 +3,8 @@
 //! runc's own start takes longer than CRIU's restore. So it is started beforehand, and finds as `criu` this program,
 //! which lets every request through but that of the restore: with it, it leaves the conversation with runc to the
 //! [keeper](crate::keeper), waits for its word, and only then becomes CRIU, in the container's network namespace and in
-//! a mount namespace of its own, which holds what the images leave out and goes with it.
+//! a mount namespace of its own, which holds what the images leave out and goes with it. With the word come descriptors
+//! of the container's shared memory, which CRIU inherits; the container's configuration file tells it their names.
 //!
 //! ```text
 //!   haul-runtime ──▶ runc restore ──▶ gate (as criu swrk): peek ── other ──▶ CRIU
@@ -20,15 +21,16 @@ use std::process::Command;
 
 use haulage_criu::companion::Companion;
 use haulage_criu::rpc::{Kind, Request};
+use haulage_criu::shared::LeftOut;
 use haulage_criu::swrk::Criu;
-use haulage_engine::armed::{ArmedRoot, State};
+use haulage_engine::armed::{ArmedRoot, GO, MEMORY, State};
 use haulage_sys::netns::NetworkNamespace;
 use haulage_sys::{mount_ns, pass_fd};
-use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, recv, socketpair};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use crate::cgroup;
 use crate::failure::Failure;
-use crate::keeper::{BECOME_CRIU, CRIU_END, RUNC_END};
+use crate::keeper::{CRIU_END, RUNC_END};
 use crate::root::Root;
 
 /// The name by which runc starts CRIU, and us.
@@ -103,6 +105,17 @@ fn prepare(args: &[OsString]) -> Result<Command, Failure> {
     Ok(criu)
 }
 
+/// Has CRIU, which this process becomes, inherit the container's shared memory, under the names that the images have for
+/// it: the lines of a configuration that say so.
+fn bequeath(shared: Vec<OwnedFd>) -> io::Result<String> {
+    let mut lines = String::new();
+    for (index, memory) in shared.into_iter().enumerate() {
+        let number = pass_fd::leave_to_successor(memory)?;
+        lines.push_str(&format!("inherit-fd fd[{number}]:{}\n", LeftOut::key(index)));
+    }
+    Ok(lines)
+}
+
 /// Takes the root off, waits for the word, and makes the world as CRIU is to find it; the number of its end of the
 /// conversation.
 fn restore(number: RawFd, request: &Request, id: &str, container_root: &Path) -> Result<RawFd, Failure> {
@@ -113,11 +126,13 @@ fn restore(number: RawFd, request: &Request, id: &str, container_root: &Path) ->
     let bind = request.options.as_ref().and_then(|options| options.root.clone()).map(PathBuf::from);
     let root = Root::take_off(container_root, bind).map_err(Failure::Root)?;
     let end = hand_over(number, &armed_root, id)?;
-    let mut word = [0; 8];
-    let (length, _) =
-        recv(&end, &mut word[..], RecvFlags::empty()).map_err(|errno| Failure::Gate(errno.into()))?;
-    if word.get(..length) != Some(BECOME_CRIU) {
-        return Err(Failure::CalledOff(armed.migration));
+    let mut shared = Vec::new();
+    loop {
+        match pass_fd::receive(&end).map_err(Failure::Gate)? {
+            Some((MEMORY, Some(memory))) => shared.push(memory),
+            Some((GO, None)) => break,
+            _ => return Err(Failure::CalledOff(armed.migration)),
+        }
     }
     root.put_on().map_err(Failure::Root)?;
     armed_root.consume(id)?;
@@ -133,6 +148,7 @@ fn restore(number: RawFd, request: &Request, id: &str, container_root: &Path) ->
     if let Some(lines) = provided {
         cgroup::add_configuration(&armed.work, &lines)?;
     }
+    cgroup::add_configuration(&armed.work, &bequeath(shared).map_err(Failure::Gate)?)?;
     if let Some(network) = std::env::var_os(NETWORK) {
         let entered = NetworkNamespace::at(Path::new(&network)).and_then(|network| network.enter());
         entered.map_err(|error| Failure::Network(error.into()))?;

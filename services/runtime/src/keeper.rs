@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   restorer ── TAKE ──▶ keeper: the container's packets come here, and are kept
-//!            ── GO ────▶ keeper ── go ──▶ gate: becomes CRIU; packets get out
+//!            ── MEMORY, GO ▶ keeper ──────▶ gate: becomes CRIU; packets get out
 //!                 runc ◀── messages ──▶ keeper ◀── messages ──▶ CRIU
 //!                        pre-resume: recorded; post-resume: packets get in, those that were kept first, announced
 //! ```
@@ -13,13 +13,13 @@
 //! runc needs some time more after CRIU has resumed the processes. Clients do not wait for that: the network speaks as
 //! soon as they run.
 
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
 use haulage_criu::rpc::{Kind, Response};
-use haulage_engine::armed::{Armed, ArmedRoot, GO, Outcome, TAKE};
+use haulage_engine::armed::{Armed, ArmedRoot, GO, MEMORY, Outcome, TAKE};
 use haulage_sys::pass_fd;
 use haulage_sys::rcu::Expedited;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -32,8 +32,6 @@ use crate::network::Network;
 /// What the gate sends with runc's end of the conversation, and with that which is to be CRIU's.
 pub(crate) const RUNC_END: u8 = b'r';
 pub(crate) const CRIU_END: u8 = b'c';
-/// What it is sent when it shall become CRIU.
-pub(crate) const BECOME_CRIU: &[u8] = b"go";
 /// The stage that CRIU reports when the processes are restored and stand still for the last time.
 const RESTORED: &str = "pre-resume";
 /// That which it reports when they run.
@@ -80,26 +78,25 @@ impl Keeper<'_> {
         let Some(runc) = end(RUNC_END)? else { return Ok(Kept::Nothing) };
         let Some(criu) = end(CRIU_END)? else { return Ok(Kept::Nothing) };
         let words = self.armed_root.connect(self.id)?;
-        if !self.hear(words, &runc)? {
-            return Ok(Kept::Nothing);
-        }
+        let Some(shared) = self.hear(&words, &runc)? else { return Ok(Kept::Nothing) };
         // From here on the container stands still for us. Where it cannot be had everything takes longer.
         let _expedited = Expedited::begin();
         // Noted before anything else, so that the time is known of which it counts.
         self.armed_root.note_go(self.id)?;
-        if !pass(&criu, BECOME_CRIU)? {
-            return Ok(Kept::Silent);
-        }
+        let handed = shared.iter().try_for_each(|memory| pass_fd::send(&criu, MEMORY, Some(memory.as_fd())));
+        handed.and_then(|()| pass_fd::send(&criu, GO, None)).map_err(Failure::Gate)?;
+        drop(shared);
         self.network.as_mut().map_or(Ok(()), Network::send)?;
         self.relay(&runc, &criu)
     }
 
-    /// Waits for the word to go on: false when it does not come.
-    fn hear(&mut self, mut words: UnixStream, runc: &OwnedFd) -> Result<bool, Failure> {
+    /// Waits for the word to go on, and gives the shared memory that came before it; `None` when the word does not come.
+    fn hear(&mut self, words: &UnixStream, runc: &OwnedFd) -> Result<Option<Vec<OwnedFd>>, Failure> {
+        let mut shared = Vec::new();
         let mut until_let_go = None;
         loop {
             // What runc has sent stays where it is; only its end matters.
-            let mut polled = [PollFd::new(&words, PollFlags::IN), PollFd::new(runc, PollFlags::empty())];
+            let mut polled = [PollFd::new(words, PollFlags::IN), PollFd::new(runc, PollFlags::empty())];
             match poll(&mut polled, until_let_go.as_ref()) {
                 Err(Errno::INTR) => continue,
                 Err(errno) => return Err(Failure::Gate(errno.into())),
@@ -112,19 +109,19 @@ impl Keeper<'_> {
             }
             let [_, runc_s] = &polled;
             if !runc_s.revents().is_empty() {
-                return Ok(false);
+                return Ok(None);
             }
-            let mut word = [0];
-            match words.read(&mut word) {
-                Ok(1) if word == [GO] => return Ok(true),
-                Ok(1) if word == [TAKE] => {
+            match pass_fd::receive(words) {
+                Ok(Some((GO, None))) => return Ok(Some(shared)),
+                Ok(Some((MEMORY, Some(memory)))) => shared.push(memory),
+                Ok(Some((TAKE, None))) => {
                     if let Some(network) = &mut self.network {
                         network.take(&self.armed.addresses)?;
                         until_let_go = Timespec::try_from(LETS_GO_AFTER).ok();
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                _ => return Ok(false),
+                _ => return Ok(None),
             }
         }
     }

@@ -25,6 +25,12 @@ pub enum ImageKind {
     Mm,
     /// `pagemap-<pid>.img`.
     Pagemap,
+    /// `files.img`.
+    Files,
+    /// `memfd-inode.img`.
+    MemfdInode,
+    /// Not CRIU's but ours: [`crate::shared`].
+    Shared,
 }
 
 impl ImageKind {
@@ -34,6 +40,9 @@ impl ImageKind {
             Self::Pstree => 0x5027_3030,
             Self::Mm => 0x5749_2820,
             Self::Pagemap => 0x5608_4025,
+            Self::Files => 0x5630_3138,
+            Self::MemfdInode => 0x4845_3499,
+            Self::Shared => u32::from_le_bytes(*b"HSM1"),
         }
     }
 
@@ -181,6 +190,11 @@ impl<W: Write> ImageWriter<W> {
     pub fn new(path: &Path, kind: ImageKind, mut inner: W) -> Result<Self, ImageError> {
         inner.write_all(&kind.header()).map_err(io_at(path))?;
         Ok(Self { path: path.to_owned(), inner })
+    }
+
+    /// Goes on with an image that has its header and whole records.
+    pub(crate) fn further(path: &Path, inner: W) -> Self {
+        Self { path: path.to_owned(), inner }
     }
 
     /// Appends a record.

@@ -5,6 +5,7 @@
 //!   source                                                target
 //!   PagemapMask::prepare   before the freeze              Assembly::begin   images as received, linked
 //!   PagemapMask::cover     hide the tracked memory        Assembly::add_pages   ours joins CRIU's
+//!   LeftOut::write         what it was not told of        Assembly::add_shared  and so do our mappings
 //!   Dump::start  ───────▶  HeldDump                       runc restore
 //!        commit: the tree is killed
 //!        roll_back, drop, our death: the tree goes on
@@ -28,6 +29,9 @@ pub mod pagemap;
 pub mod pstree;
 pub mod quiet;
 pub mod rpc;
+pub mod shared;
+pub mod smaps;
 pub mod swrk;
 pub mod tmpfs;
 pub mod version;
+mod wire;

@@ -4,6 +4,9 @@
 //! file covers that of every process: the true entries for what CRIU shall dump, holes, that is "not present", for what
 //! it shall not. Covering CRIU's own pagemap with holes makes it find the `PAGEMAP_SCAN` ioctl unsupported and read.
 //!
+//! Shared memory it dumps by its mappings, which it knows from `/proc/<pid>/smaps`. A copy without those that are ours
+//! covers that file ([`crate::smaps`]).
+//!
 //! CRIU caches what it finds out about the kernel in `/run/criu.kdat`. A cache left by a CRIU without the mask says
 //! that the ioctl works, and one left by a masked CRIU says that it does not; so the masked one gets a cache of its own.
 
@@ -19,6 +22,8 @@ use haulage_sys::mount_ns::spawn_in_private_mounts;
 
 use crate::cause::Cause;
 use crate::image::PAGE_SIZE;
+use crate::shared::SharedMapping;
+use crate::smaps::{self, SmapsError};
 use crate::swrk::{Criu, WorkerView};
 
 /// A tmpfs that every Linux host has.
@@ -53,6 +58,14 @@ pub enum MaskError {
     /// The parent directory cannot hold sparse files of that size.
     #[error("{0} is not on tmpfs")]
     NotTmpfs(PathBuf),
+    /// The mappings of a process are not those that were to be hidden.
+    #[error("cannot hide shared memory of process {pid}")]
+    Smaps {
+        /// Whose.
+        pid: i32,
+        /// Why.
+        source: SmapsError,
+    },
     /// CRIU does not work behind the mask.
     #[error("criu cannot work with a masked pagemap: {0}")]
     Unfit(Cause),
@@ -99,16 +112,46 @@ impl PagemapMask {
     /// # Errors
     /// When the process is gone or its pagemap cannot be read.
     pub fn cover(&mut self, pid: i32, hidden: &[Range<u64>]) -> Result<(), MaskError> {
+        self.cover_shared(pid, hidden, &[]).map(drop)
+    }
+
+    /// As [`Self::cover`], and of the shared mappings `unknown` (addresses, each exactly one mapping) CRIU does not even
+    /// know. They are returned, for [`crate::shared::LeftOut`].
+    ///
+    /// # Errors
+    /// As there, and when some of them are not there.
+    pub fn cover_shared(
+        &mut self,
+        pid: i32,
+        hidden: &[Range<u64>],
+        unknown: &[Range<u64>],
+    ) -> Result<Vec<SharedMapping>, MaskError> {
         let proc = PathBuf::from(format!("/proc/{pid}"));
         let (maps, real, copy) = (proc.join("maps"), proc.join("pagemap"), self.dir.join(pid.to_string()));
         let mappings = read_maps(&maps).map_err(at(&maps))?;
         let pagemap = File::open(&real).map_err(at(&real))?;
         let masked = sparse(&copy)?;
-        for shown in subtract(&mappings, hidden) {
+        let hidden: Vec<_> = hidden.iter().chain(unknown).cloned().collect();
+        for shown in subtract(&mappings, &hidden) {
             copy_entries(&pagemap, &masked, shown).map_err(at(&real))?;
         }
         self.covered.push((copy, real));
-        Ok(())
+        if unknown.is_empty() { Ok(Vec::new()) } else { self.cover_smaps(pid, &proc, unknown) }
+    }
+
+    fn cover_smaps(
+        &mut self,
+        pid: i32,
+        proc: &Path,
+        unknown: &[Range<u64>],
+    ) -> Result<Vec<SharedMapping>, MaskError> {
+        let (real, copy) = (proc.join("smaps"), self.dir.join(format!("{pid}.smaps")));
+        let smaps = fs::read(&real).map_err(at(&real))?;
+        let without = smaps::without(&String::from_utf8_lossy(&smaps), unknown);
+        let (rest, mappings) = without.map_err(|source| MaskError::Smaps { pid, source })?;
+        fs::write(&copy, rest).map_err(at(&copy))?;
+        self.covered.push((copy, real));
+        Ok(mappings)
     }
 
     pub(crate) fn view(&self) -> Result<WorkerView, MaskError> {

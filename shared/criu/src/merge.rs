@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 use crate::image::{ImageError, ImageKind, ImageWriter, PAGE_SIZE, io_at};
 use crate::mm::{self, Mapping};
 use crate::pagemap::{Laziness, PageRun, PagemapReader, PagemapWriter, file_name};
-use crate::{inventory, pstree};
+use crate::shared::LeftOut;
+use crate::{inventory, pstree, shared};
 
 /// Memory is copied in pieces of this size, in bytes.
 const PIECE: usize = 1 << 20;
@@ -81,6 +82,12 @@ pub enum MergeError {
         /// Where.
         address: u64,
     },
+    /// CRIU has dumped shared memory that was to be hidden from it, or there is a mapping of some that is not there.
+    #[error("criu has dumped something of the shared memory {object}, or it is not among what was left out")]
+    Shared {
+        /// Its inode number on the source.
+        object: u64,
+    },
     /// Pages for a process that the images do not have.
     #[error("the images have no process {0}")]
     NoProcess(u32),
@@ -136,6 +143,16 @@ impl Assembly {
     /// The ids of the processes that the images have, the root first.
     pub fn processes(&self) -> &[u32] {
         &self.processes
+    }
+
+    /// Adds the mappings of shared memory that CRIU was not told of. Their memory is inherited by the restore, under the
+    /// keys of [`LeftOut::key`] and in the order of its objects.
+    ///
+    /// # Errors
+    /// When CRIU has dumped something of it all the same, or something else in its place. The assembly is of no use
+    /// then.
+    pub fn add_shared(&self, left_out: &LeftOut) -> Result<(), MergeError> {
+        shared::add(left_out, &self.received, &self.out, &self.processes)
     }
 
     /// Joins the pages of process `pid` from `source` with those that CRIU dumped.

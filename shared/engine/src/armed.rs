@@ -24,7 +24,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// The version of this format; another one is refused, not guessed at.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 /// Where armed states lie unless [`ROOT_ENV`] says otherwise.
 pub const DEFAULT_ROOT: &str = "/run/haul/armed";
 /// The environment variable that moves the directory, for tests and for several engines on one machine.
@@ -36,6 +36,8 @@ pub const GO: u8 = b'g';
 /// What it is sent, before [`GO`], when the container stands still on its source: its packets shall come here and be
 /// kept.
 pub const TAKE: u8 = b't';
+/// What it is sent before, with the descriptor of shared memory that the restore inherits, in the order of its keys.
+pub const MEMORY: u8 = b'm';
 
 const ARMED: &str = "armed.json";
 const CONSUMED: &str = "consumed.json";

@@ -1,6 +1,8 @@
 //! Reading pages of a process into batches.
 
+use std::fs::File;
 use std::ops::{ControlFlow, Range};
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use haulage_sys::vm_read::VmReader;
@@ -91,11 +93,19 @@ pub(crate) struct Gathered {
     pub(crate) stopped: bool,
 }
 
-/// Reads the pages of `wanted` from `process` and hands them to `sink` in batches, ascending.
+/// Where pages are read.
+enum Reader<'a> {
+    Process(VmReader),
+    Object(&'a File),
+}
+
+/// Reads the pages of `wanted` from `process`, or from the object for which it stands, and hands them to `sink` in
+/// batches, ascending.
 ///
 /// Pages that cannot be read are listed as gone, all that remain when the process ends.
 pub(crate) fn gather(
     process: Process,
+    object: Option<&File>,
     round: u32,
     wanted: &RangeSet,
     sink: Sink<'_>,
@@ -104,10 +114,13 @@ pub(crate) fn gather(
     if wanted.is_empty() {
         return Ok(result);
     }
-    let reader = match VmReader::open(process.pid) {
-        Ok(reader) => reader,
-        Err(error) if error.is_gone() => return Ok(Gathered { gone: wanted.clone(), ..result }),
-        Err(error) => return Err(error),
+    let reader = match object {
+        Some(object) => Reader::Object(object),
+        None => match VmReader::open(process.pid) {
+            Ok(reader) => Reader::Process(reader),
+            Err(error) if error.is_gone() => return Ok(Gathered { gone: wanted.clone(), ..result }),
+            Err(error) => return Err(error),
+        },
     };
     let mut rest = wanted.iter().peekable();
     let mut cut = None;
@@ -115,7 +128,11 @@ pub(crate) fn gather(
         let started = Instant::now();
         let mut buffer = Vec::with_capacity(HEADER + MAX_DATA_PAGES * (PAGE_BYTES + RUN));
         buffer.resize(HEADER, 0);
-        let got = match read_group(&reader, &group, &mut buffer) {
+        let read = match &reader {
+            Reader::Process(reader) => read_group(reader, &group, &mut buffer),
+            Reader::Object(object) => read_object(object, &group, &mut buffer),
+        };
+        let got = match read {
             Ok(got) => got,
             Err(CallError { errno: Errno::SRCH, .. }) => RangeSet::new(),
             Err(error) => return Err(error),
@@ -181,6 +198,23 @@ fn read_group(reader: &VmReader, group: &[PageRange], bytes: &mut Vec<u8>) -> Re
         }
         let mut unreadable = RangeSet::new();
         skip(&mut rest, 1, if readable { &mut got } else { &mut unreadable });
+    }
+    Ok(got)
+}
+
+/// As [`read_group`], from an object. Unlike a mapping of it, reading it leaves its holes as they are.
+fn read_object(object: &File, group: &[PageRange], bytes: &mut Vec<u8>) -> Result<RangeSet, CallError> {
+    let mut got = RangeSet::new();
+    for range in group {
+        let before = bytes.len();
+        bytes.resize(before + range.count() as usize * PAGE_BYTES, 0);
+        let here = bytes.get_mut(before..).unwrap_or_default();
+        match object.read_exact_at(here, range.start().address()) {
+            Ok(()) => got.insert(*range),
+            // It was cut off there.
+            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => bytes.truncate(before),
+            Err(error) => return Err(CallError::from_io("read of shared memory", &error)),
+        }
     }
     Ok(got)
 }
@@ -265,7 +299,7 @@ pub(crate) mod tests {
         let wanted = RangeSet::from_iter(PageRange::with_count(first, pages as u64));
         let us = process::describe(rustix::process::getpid()).unwrap().unwrap();
         let mut batches = Vec::new();
-        let gathered = gather(us, 1, &wanted, &mut |batch| {
+        let gathered = gather(us, None, 1, &wanted, &mut |batch| {
             batches.push(batch);
             ControlFlow::Continue(())
         })
@@ -291,7 +325,7 @@ pub(crate) mod tests {
         let nowhere = PageRange::with_count(PageNo(1), 2).unwrap();
         wanted.insert(nowhere);
         let mut batches = 0;
-        let gathered = gather(us, 1, &wanted, &mut |_| {
+        let gathered = gather(us, None, 1, &wanted, &mut |_| {
             batches += 1;
             if batches == 2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })

@@ -1,22 +1,24 @@
 //! The index of a sealed store: which page lies where.
 //!
 //! ```text
-//! "HAULIDX3", processes u32, slots u32
+//! "HAULIDX4", processes u32, slots u32
 //!   per process: vpid u32, chunks u32, generation u64
 //!     per chunk: number u64, slot u32 (all ones: none), latest round u32, pages stored 64 bytes, pages in the data file
 //!                64 bytes, pages owed 64 bytes
+//! objects u32, per object: vpid u32, process that holds it u32, its descriptor u32, device u64, inode u64
 //! CRC-32 of everything before it, u32
 //! ```
 //! All numbers little-endian; a chunk is 2 MiB of address space, its slot 2 MiB of the data file; page n of a chunk is
-//! bit n % 8 of byte n / 8.
+//! bit n % 8 of byte n / 8. A chunk of an object has its own place in the object: its slot is its number.
 
 use std::collections::BTreeMap;
 
 use crate::chunk::{Bits, CHUNK_PAGES, Chunk};
+use crate::object::Place;
 use crate::process::{Generation, Vpid};
 use crate::range::PageNo;
 
-const MAGIC: [u8; 8] = *b"HAULIDX3";
+const MAGIC: [u8; 8] = *b"HAULIDX4";
 const NO_SLOT: u32 = u32::MAX;
 
 /// An index that is not one, or damaged.
@@ -34,6 +36,9 @@ pub enum IndexError {
     /// A chunk lies outside memory or outside the data file.
     #[error("chunk {0} is where none can be")]
     Chunk(u64),
+    /// An object that is not among the processes, or the other way round.
+    #[error("{0} is an object on one list only")]
+    Object(Vpid),
 }
 
 /// What is stored of one process.
@@ -47,6 +52,8 @@ pub(crate) struct Stored {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Index {
     pub(crate) processes: BTreeMap<Vpid, Stored>,
+    /// Where the objects among them are.
+    pub(crate) objects: BTreeMap<Vpid, Place>,
     /// Slots of the data file in use or once used.
     pub(crate) slots: u32,
 }
@@ -73,6 +80,11 @@ impl Index {
                 bytes.extend(words.flat_map(|word| word.to_le_bytes()));
             }
         }
+        bytes.extend((self.objects.len() as u32).to_le_bytes());
+        for (vpid, Place { pid, descriptor, device, inode }) in &self.objects {
+            bytes.extend([vpid.0, *pid, *descriptor].iter().flat_map(|number| number.to_le_bytes()));
+            bytes.extend([device, inode].iter().flat_map(|number| number.to_le_bytes()));
+        }
         bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
         bytes
     }
@@ -93,10 +105,23 @@ impl Index {
             let (vpid, count) = (Vpid(reader.u32()?), reader.u32()?);
             let mut stored = Stored { generation: Generation(reader.u64()?), chunks: BTreeMap::new() };
             for _ in 0..count {
-                let (number, chunk) = reader.chunk(slots)?;
+                let (number, chunk) = reader.chunk(slots, vpid.is_object())?;
                 stored.chunks.insert(number, chunk);
             }
             index.processes.insert(vpid, stored);
+        }
+        for _ in 0..reader.u32()? {
+            let (vpid, pid, descriptor) = (Vpid(reader.u32()?), reader.u32()?, reader.u32()?);
+            let place = Place { pid, descriptor, device: reader.u64()?, inode: reader.u64()? };
+            index.objects.insert(vpid, place);
+        }
+        let among_processes = index.processes.keys().filter(|vpid| vpid.is_object());
+        if let Some(vpid) = among_processes.clone().find(|vpid| !index.objects.contains_key(vpid)) {
+            return Err(IndexError::Object(*vpid));
+        }
+        let is_extra = |vpid: &&Vpid| !vpid.is_object() || !index.processes.contains_key(vpid);
+        if let Some(vpid) = index.objects.keys().find(is_extra) {
+            return Err(IndexError::Object(*vpid));
         }
         if reader.0.is_empty() { Ok(index) } else { Err(IndexError::Length) }
     }
@@ -127,13 +152,16 @@ impl Reader<'_> {
         Ok(bits)
     }
 
-    fn chunk(&mut self, slots: u32) -> Result<(u64, Chunk), IndexError> {
+    fn chunk(&mut self, slots: u32, of_object: bool) -> Result<(u64, Chunk), IndexError> {
         let (number, slot, latest) = (self.u64()?, self.u32()?, self.u32()?);
         let slot = (slot != NO_SLOT).then_some(slot);
         let chunk = Chunk { slot, latest, present: self.bits()?, data: self.bits()?, owed: self.bits()? };
         let homeless = slot.is_none() && !chunk.data.or(chunk.owed).is_empty();
-        if number >= PageNo::END.0.div_ceil(CHUNK_PAGES) || slot.is_some_and(|slot| slot >= slots) || homeless
-        {
+        let misplaced = slot.is_some_and(|slot| match of_object {
+            true => u64::from(slot) != number,
+            false => slot >= slots,
+        });
+        if number >= PageNo::END.0.div_ceil(CHUNK_PAGES) || misplaced || homeless {
             return Err(IndexError::Chunk(number));
         }
         Ok((number, chunk))
@@ -151,7 +179,12 @@ mod tests {
         let full = Chunk { slot: Some(3), latest: 7, present: Bits([u64::MAX; 8]), data, owed };
         let stored = Stored { generation: Generation(77), chunks: [(4, zero), (9, full)].into() };
         let empty = Stored { generation: Generation(1), chunks: BTreeMap::new() };
-        Index { processes: [(Vpid(1), stored), (Vpid(2), empty)].into(), slots: 4 }
+        let object = Vpid::of_object(0);
+        let there = Chunk { slot: Some(70), ..full };
+        let shared = Stored { generation: Generation(8), chunks: [(70, there)].into() };
+        let place = Place { pid: 9, descriptor: 3, device: 1, inode: 8 };
+        let processes = [(Vpid(1), stored), (Vpid(2), empty), (object, shared)].into();
+        Index { processes, objects: [(object, place)].into(), slots: 4 }
     }
 
     #[test]
@@ -168,6 +201,19 @@ mod tests {
             prop_assert!(Index::decode(&bytes).is_err());
             prop_assert!(Index::decode(&bytes[..at]).is_err());
         }
+    }
+
+    #[test]
+    fn an_object_is_on_both_lists_and_in_its_own_place() {
+        let (object, mut wrong) = (Vpid::of_object(0), index());
+        wrong.objects.clear();
+        assert_eq!(Index::decode(&wrong.encode()), Err(IndexError::Object(object)));
+        let mut wrong = index();
+        wrong.processes.remove(&object);
+        assert_eq!(Index::decode(&wrong.encode()), Err(IndexError::Object(object)));
+        let mut wrong = index();
+        wrong.processes.get_mut(&object).unwrap().chunks.get_mut(&70).unwrap().slot = Some(3);
+        assert_eq!(Index::decode(&wrong.encode()), Err(IndexError::Chunk(70)));
     }
 
     #[test]

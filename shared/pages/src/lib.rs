@@ -4,7 +4,7 @@
 //! ```text
 //!  source host                                                        target host
 //!  process, maps ─► track (write_protect | soft_dirty | none)
-//!                      │ dirty, forgotten
+//!         object ─► shared │ dirty, forgotten
 //!                      ▼
 //!                    ledger ◄─ policy, adaptive, history
 //!                      │ pages to send
@@ -24,6 +24,7 @@
 
 mod absent;
 pub mod adaptive;
+mod births;
 pub mod choice;
 mod chunk;
 pub mod codec;
@@ -42,6 +43,7 @@ pub mod manifest;
 pub mod maps;
 mod named;
 pub mod none;
+pub mod object;
 pub mod obstacle;
 pub mod owed;
 pub mod policy;
@@ -50,6 +52,7 @@ mod program;
 pub mod range;
 pub mod sealed;
 pub mod serve;
+mod shared;
 pub mod soft_dirty;
 pub mod source;
 mod space;

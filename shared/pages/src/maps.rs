@@ -1,7 +1,8 @@
 //! `/proc/<pid>/maps`, and which part of a process's memory is ours to carry.
 //!
 //! The rule of who carries a mapping lives in [`Region::class`] and nowhere else: what is [`Class::Tracked`] is hidden
-//! from CRIU and sent by us, everything else is CRIU's.
+//! from CRIU and sent by us, and so is what is [`Class::Shared`] if all of its object is ([`crate::object`]); everything
+//! else is CRIU's.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -17,7 +18,9 @@ use crate::range::{PageRange, RangeSet};
 pub enum Class {
     /// Private anonymous memory: we do.
     Tracked,
-    /// The stack, files, shared memory, what the kernel maps: CRIU does.
+    /// Shared anonymous memory: we do, object by object, unless CRIU sees something of the object elsewhere.
+    Shared,
+    /// The stack, files, memfds, System V shared memory, what the kernel maps: CRIU does.
     Criu,
 }
 
@@ -25,6 +28,11 @@ pub enum Class {
 const LOWEST: u64 = 1 << 16;
 /// A stack grows down to `RLIMIT_STACK`, 8 MiB by default, and keeps a gap of 1 MiB below itself.
 const ROOM_FOR_A_STACK: u64 = 64 << 20;
+
+/// The kernel's name of shared memory that was mapped without a file.
+pub(crate) const ANONYMOUS: &str = "/dev/zero (deleted)";
+/// The same after a restore, by CRIU or by us: a memfd of that name, and no descriptor of it.
+pub(crate) const RESTORED: &str = "/memfd:/dev/zero (deleted)";
 
 /// The span of `group`, no less than the group itself.
 fn span_of(group: Vec<PageRange>, below: u64, above: u64) -> Option<(PageRange, Vec<PageRange>)> {
@@ -43,6 +51,10 @@ pub struct Region {
     pub writable: bool,
     /// Writes are seen by others that map the same.
     pub shared: bool,
+    /// Where in what is mapped it begins, in bytes.
+    pub offset: u64,
+    /// Major and minor number of the device of what is mapped, zeros when it is no file.
+    pub device: (u32, u32),
     /// Inode of what is mapped, 0 when it is no file.
     pub inode: u64,
     /// Path or label, empty when it has none. Escapes of the kernel's (`\012` for a newline) are undone.
@@ -51,13 +63,22 @@ pub struct Region {
 
 impl Region {
     /// Who carries it: private mappings of no file that are unnamed, the heap, or named by the program itself
-    /// (`[anon:…]`), below the end of ordinary user memory, are tracked.
+    /// (`[anon:…]`), below the end of ordinary user memory, are tracked. So are shared ones of memory that has never had
+    /// a name, as the kernel calls it and as a restore does.
     pub fn class(&self) -> Class {
         let ours = self.name.is_empty() || self.name == "[heap]" || self.name.starts_with("[anon:");
-        match !self.shared && self.inode == 0 && ours && self.end <= ADDRESS_END {
-            true => Class::Tracked,
-            false => Class::Criu,
+        let nameless = [ANONYMOUS, RESTORED].contains(&self.name.as_str()) || self.is_shared_by_label();
+        match self.shared {
+            _ if self.end > ADDRESS_END => Class::Criu,
+            false if self.inode == 0 && ours => Class::Tracked,
+            true if self.inode != 0 && nameless => Class::Shared,
+            _ => Class::Criu,
         }
+    }
+
+    /// Whether it is shared memory of a name that the program has given the mapping, and so of any kind.
+    pub fn is_shared_by_label(&self) -> bool {
+        self.name.starts_with("[anon_shmem:")
     }
 
     /// Its pages, unless it lies beyond the end of ordinary user memory.
@@ -132,14 +153,14 @@ impl Maps {
         self.regions.iter().filter(|region| region.class() == Class::Tracked).filter_map(Region::pages)
     }
 
-    /// The tracked mappings in groups between which lies something that is not tracked, each with the span of addresses
-    /// that is the group's: from what lies below it to what lies above, except for the room that a stack may grow into.
-    pub fn tracked_spans(&self) -> Vec<(PageRange, Vec<PageRange>)> {
+    /// The mappings of one class in groups between which lies something else, each with the span of addresses that is the
+    /// group's: from what lies below it to what lies above, except for the room that a stack may grow into.
+    pub fn spans_of(&self, class: Class) -> Vec<(PageRange, Vec<PageRange>)> {
         let mut spans = Vec::new();
         let mut below = LOWEST;
         let mut group: Vec<PageRange> = Vec::new();
         for region in &self.regions {
-            match region.pages().filter(|_| region.class() == Class::Tracked) {
+            match region.pages().filter(|_| region.class() == class) {
                 Some(pages) => group.push(pages),
                 None => {
                     let above = region.start.saturating_sub(ROOM_FOR_A_STACK);
@@ -174,8 +195,9 @@ fn parse_line(line: &str) -> Option<Region> {
     let (addresses, rest) = line.split_once(' ')?;
     let (start, end) = addresses.split_once('-')?;
     let (permissions, rest) = rest.split_once(' ')?;
-    let (_offset, rest) = rest.split_once(' ')?;
-    let (_device, rest) = rest.split_once(' ')?;
+    let (offset, rest) = rest.split_once(' ')?;
+    let (device, rest) = rest.split_once(' ')?;
+    let (major, minor) = device.split_once(':')?;
     let (inode, name) = rest.split_once(' ').unwrap_or((rest, ""));
     let &[_read, write, _execute, sharing] = permissions.as_bytes() else { return None };
     let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
@@ -188,6 +210,8 @@ fn parse_line(line: &str) -> Option<Region> {
             b'p' => false,
             _ => return None,
         },
+        offset: u64::from_str_radix(offset, 16).ok()?,
+        device: (u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?),
         inode: inode.parse().ok()?,
         name: name.trim_start_matches(' ').replace("\\012", "\n"),
     };
@@ -219,6 +243,9 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
         let maps = Maps::parse(TEXT).unwrap();
         let tracked: Vec<_> = maps.tracked().map(|range| range.start().address()).collect();
         assert_eq!(tracked, [0x5555_5556_0000, 0x7fff_f000_0000, 0x7fff_f002_1000, 0x7fff_f700_0000]);
+        let shared: Vec<_> = maps.regions().iter().filter(|region| region.class() == Class::Shared).collect();
+        assert_eq!(shared.iter().map(|region| region.inode).collect::<Vec<_>>(), [77, 5]);
+        assert_eq!((shared[0].device, maps.regions()[5].offset), ((0, 1), 0x1000));
         assert_eq!(maps.regions().len(), 13);
         assert_eq!(maps.regions()[0].name, "/usr/bin/some thing");
     }
@@ -253,8 +280,11 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
              7ffd00000000-7ffd00100000 rw-p 00000000 00:00 0 [stack]\n",
         )
         .unwrap();
-        let spans: Vec<_> =
-            maps.tracked_spans().into_iter().map(|(span, group)| (span.addresses(), group.len())).collect();
+        let spans: Vec<_> = maps
+            .spans_of(Class::Tracked)
+            .into_iter()
+            .map(|(span, group)| (span.addresses(), group.len()))
+            .collect();
         // Below the file there is no room for a stack, so the span ends with its mapping.
         assert_eq!(spans, [(LOWEST..0x30000, 1), (0x50000..0x7ffd00000000 - ROOM_FOR_A_STACK, 2)]);
     }

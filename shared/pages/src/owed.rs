@@ -218,7 +218,7 @@ impl Frozen {
         let Errand { process, round, pages } = errand;
         let vpid = process.vpid;
         let mut batches = Vec::new();
-        let gathered = gather(*process, *round, pages, &mut |batch| {
+        let gathered = gather(*process, None, *round, pages, &mut |batch| {
             batches.push(batch);
             ControlFlow::Continue(())
         });

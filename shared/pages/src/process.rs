@@ -12,6 +12,21 @@ use haulage_sys::Pid;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Vpid(pub u32);
 
+impl Vpid {
+    /// Ids from here on stand for shared memory ([`crate::object`]); no process has one (`PID_MAX_LIMIT`, 2^22).
+    const OBJECTS: u32 = 1 << 31;
+
+    /// The id of the object with this number, below 2^31.
+    pub(crate) const fn of_object(number: u32) -> Self {
+        Self(number | Self::OBJECTS)
+    }
+
+    /// Whether it stands for shared memory rather than for a process.
+    pub const fn is_object(self) -> bool {
+        self.0 >= Self::OBJECTS
+    }
+}
+
 impl fmt::Display for Vpid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)

@@ -1,5 +1,6 @@
 //! Reading a sealed page store, in another process than the one that filled it.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -10,6 +11,7 @@ use haulage_sys::lazy::FileSource;
 
 use crate::chunk::{CHUNK_PAGES, Chunk, Kept, Piece};
 use crate::index::Index;
+use crate::object::ObjectId;
 use crate::process::{Generation, Vpid};
 use crate::range::{PageNo, PageRange, RangeSet};
 use crate::store::{DATA_FILE, INDEX_FILE, SLOT_BYTES, StoreError, offset, pages_of};
@@ -20,6 +22,7 @@ pub struct SealedStore {
     data: File,
     path: PathBuf,
     index: Index,
+    objects: BTreeMap<Vpid, File>,
 }
 
 /// A chunk of a process that holds more than zeros.
@@ -44,7 +47,7 @@ impl SealedStore {
     /// Opens the store in `dir`.
     ///
     /// # Errors
-    /// `NotFound` when it is not sealed; [`StoreError::Index`] when the index is damaged or another version's, or the
+    /// `NotFound` when it is not sealed, or nobody holds its objects any more; [`StoreError::Index`] when the index is damaged or another version's, or the
     /// data file is shorter than the index says.
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
         let path = dir.join(INDEX_FILE);
@@ -58,12 +61,25 @@ impl SealedStore {
         if length < u64::from(index.slots) * SLOT_BYTES {
             return Err(crate::index::IndexError::Length.into());
         }
-        Ok(Self { data, path, index })
+        let opened = index.objects.iter().map(|(vpid, place)| Ok((*vpid, place.open()?)));
+        let objects = opened.collect::<io::Result<_>>();
+        let objects = objects.map_err(|source| StoreError::Io { path: path.clone(), source })?;
+        Ok(Self { data, path, index, objects })
     }
 
     /// The processes, ascending. One without pages is listed too.
     pub fn processes(&self) -> impl Iterator<Item = (Vpid, Generation)> + '_ {
-        self.index.processes.iter().map(|(vpid, stored)| (*vpid, stored.generation))
+        let all = self.index.processes.iter().filter(|(vpid, _)| !vpid.is_object());
+        all.map(|(vpid, stored)| (*vpid, stored.generation))
+    }
+
+    /// The shared memory: what goes in place of a process's id, which object it was on the source, and the memory
+    /// itself, for reading and writing.
+    pub fn objects(&self) -> impl Iterator<Item = (Vpid, ObjectId, &File)> + '_ {
+        self.objects.iter().filter_map(|(vpid, object)| {
+            let id = ObjectId(self.index.processes.get(vpid)?.generation.0);
+            Some((*vpid, id, object))
+        })
     }
 
     /// The pages of one process; none of a process that is not listed.
@@ -150,7 +166,8 @@ impl SealedStore {
                 match kind {
                     Kind::Zero => here.fill(0),
                     Kind::At(offset) => {
-                        self.data.read_exact_at(here, offset).map_err(|error| self.failed(error))?
+                        let data = self.objects.get(&vpid).unwrap_or(&self.data);
+                        data.read_exact_at(here, offset).map_err(|error| self.failed(error))?
                     }
                 }
                 Ok(())
@@ -240,7 +257,6 @@ mod tests {
     use super::*;
     use crate::store::{PageStore, StoreLimits};
     use proptest::prelude::*;
-    use std::collections::BTreeMap;
 
     const ONE: Generation = Generation(1);
 
@@ -248,6 +264,11 @@ mod tests {
     fn any_range() -> impl Strategy<Value = PageRange> {
         (500..1040_u64, 1..40_u64)
             .prop_map(|(start, count)| PageRange::with_count(PageNo(start), count).unwrap())
+    }
+
+    /// A process and an object.
+    fn owner(number: u32) -> Vpid {
+        if number == 1 { Vpid(1) } else { Vpid::of_object(7) }
     }
 
     #[derive(Debug, Clone)]
@@ -283,34 +304,45 @@ mod tests {
                             bytes.extend([value; PAGE_BYTES]);
                             model.insert((vpid, page), value);
                         }
-                        store.write(Vpid(vpid), ONE, range, &bytes).unwrap();
+                        store.write(owner(vpid), ONE, range, &bytes).unwrap();
                     }
                     Step::Zero(vpid, range) => {
-                        store.zero(Vpid(vpid), ONE, range).unwrap();
+                        store.zero(owner(vpid), ONE, range).unwrap();
                         model.extend((range.start().0..range.end().0).map(|page| ((vpid, page), 0)));
                     }
                     Step::Retain(vpid, keep) => {
                         let keep: RangeSet = keep.into_iter().collect();
                         let before = model.len();
                         model.retain(|(owner, page), _| *owner != vpid || keep.contains(PageNo(*page)));
-                        prop_assert_eq!(store.retain(Vpid(vpid), &keep), (before - model.len()) as u64);
+                        prop_assert_eq!(store.retain(owner(vpid), &keep).unwrap(), (before - model.len()) as u64);
                     }
                     Step::Reset(vpid) => {
-                        store.reset(Vpid(vpid));
+                        store.reset(owner(vpid));
                         model.retain(|(owner, _), _| *owner != vpid);
                     }
                 }
             }
-            let sealed = SealedStore::open(&store.seal().unwrap()).unwrap();
+            let (path, _held) = store.seal().unwrap();
+            let sealed = SealedStore::open(&path).unwrap();
+            for (object, _, memory) in sealed.objects() {
+                prop_assert_eq!(object, owner(2));
+                let mut page_there = [0; PAGE_BYTES];
+                // A page beyond the end is one of zeros once the object has its length.
+                for page in 0..memory.metadata().unwrap().len() / PAGE_BYTES as u64 {
+                    memory.read_exact_at(&mut page_there, page * PAGE_BYTES as u64).unwrap();
+                    let value = model.get(&(2, page)).copied().unwrap_or(0);
+                    prop_assert!(page_there.iter().all(|byte| *byte == value), "page {}", page);
+                }
+            }
             for vpid in 1..3 {
                 let expected: Vec<_> = model.iter().filter(|((owner, _), _)| *owner == vpid).collect();
-                let pages = sealed.pages(Vpid(vpid));
+                let pages = sealed.pages(owner(vpid));
                 prop_assert_eq!(pages.pages().map(|page| page.0).collect::<Vec<_>>(),
                     expected.iter().map(|((_, page), _)| *page).collect::<Vec<_>>());
                 let mut out = Vec::new();
                 for range in pages.iter() {
                     let mut bytes = vec![0; range.count() as usize * PAGE_BYTES];
-                    sealed.read_into(Vpid(vpid), range, &mut bytes).unwrap();
+                    sealed.read_into(owner(vpid), range, &mut bytes).unwrap();
                     out.extend(bytes);
                 }
                 let all = out.chunks_exact(PAGE_BYTES).zip(expected);
@@ -329,10 +361,22 @@ mod tests {
         store.zero(Vpid(1), ONE, range(10, 5)).unwrap();
         let wanted = [range(8, 4)].into_iter().collect();
         assert_eq!(store.missing(Vpid(1), &wanted).runs(), [range(8, 2)]);
-        let sealed = SealedStore::open(&store.seal().unwrap()).unwrap();
+        let sealed = SealedStore::open(&store.seal().unwrap().0).unwrap();
         let error = sealed.read_into(Vpid(1), range(12, 5), &mut vec![0; 5 * PAGE_BYTES]).unwrap_err();
         assert!(matches!(error, StoreError::Missing { range: found, .. } if found == range(15, 2)));
         assert!(matches!(PageStore::create(dir.path(), StoreLimits::default()), Err(StoreError::Io { .. })));
+    }
+
+    #[test]
+    fn an_object_that_nobody_holds_cannot_be_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = PageStore::create(dir.path(), StoreLimits::default()).unwrap();
+        store.admit(owner(2), ONE).unwrap();
+        let (path, held) = store.seal().unwrap();
+        assert_eq!(SealedStore::open(&path).unwrap().objects().count(), 1);
+        drop(held);
+        let error = SealedStore::open(&path).unwrap_err();
+        assert!(matches!(error, StoreError::Io { .. }), "{error:?}");
     }
 
     #[test]

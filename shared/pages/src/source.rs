@@ -24,8 +24,9 @@ use crate::owed::{self, Frozen, Owed};
 use crate::policy::{Pace, Quota, TransferPolicy};
 use crate::process::{self, Generation, ListError, Process, Vpid};
 use crate::range::RangeSet;
+use crate::shared::SharedMemory;
 use crate::soft_dirty::SoftDirty;
-use crate::track::{self, DirtyTracker, Method, Refused, TrackError, Tracking, Untracked};
+use crate::track::{self, Collected, DirtyTracker, Method, Refused, TrackError, Tracking, Untracked};
 use crate::write_protect::WriteProtect;
 
 /// A round could not be made.
@@ -172,6 +173,7 @@ pub struct SourceEngine {
     freezer: Freezer,
     tracker: Box<dyn DirtyTracker>,
     ledgers: BTreeMap<(Vpid, Generation), Ledger>,
+    shared: SharedMemory,
     timeline: Timeline,
     options: SourceOptions,
     round: u32,
@@ -202,7 +204,9 @@ impl SourceEngine {
     ) -> Result<(Self, TrackerReport), SourceError> {
         let started = Instant::now();
         let freezer = Freezer::open(cgroup_procs.parent().unwrap_or(Path::new("/")))?;
-        let processes = tracker.begin(&process::list(cgroup_procs)?);
+        let listed = process::list(cgroup_procs)?;
+        let shared = SharedMemory::begin(&listed);
+        let processes = tracker.begin(&listed);
         let report = TrackerReport {
             method: tracker.method(),
             kernel,
@@ -214,7 +218,7 @@ impl SourceEngine {
         };
         let cgroup_procs = cgroup_procs.to_owned();
         let (ledgers, timeline) = (BTreeMap::new(), Timeline::default());
-        Ok((Self { cgroup_procs, freezer, tracker, ledgers, timeline, options, round: 0 }, report))
+        Ok((Self { cgroup_procs, freezer, tracker, ledgers, shared, timeline, options, round: 0 }, report))
     }
 
     /// Finds what has been written since the last time, and sends nothing: a look at how a container writes, which costs
@@ -223,9 +227,10 @@ impl SourceEngine {
     /// # Errors
     /// When processes cannot be listed.
     pub fn look(&mut self) -> Result<(), SourceError> {
+        self.shared.look();
         let processes = process::list(&self.cgroup_procs)?;
         self.timeline.scanned(Instant::now());
-        for collected in self.tracker.collect(&processes) {
+        for collected in self.collect(&processes) {
             let ledger = self.ledgers.entry(key_of(collected.process)).or_default();
             ledger.observe(&collected, self.options.policy, Instant::now());
         }
@@ -255,16 +260,24 @@ impl SourceEngine {
         self.round += 1;
         let mut report = RoundReport { round: self.round, ..RoundReport::default() };
         let started = Instant::now();
+        self.shared.look();
         let processes = process::list(&self.cgroup_procs)?;
-        self.ledgers.retain(|key, _| processes.iter().any(|process| key_of(*process) == *key));
         let mut followed = Vec::new();
         self.timeline.scanned(started);
-        for collected in self.tracker.collect(&processes) {
+        let all = self.collect(&processes);
+        self.ledgers.retain(|key, _| {
+            let mut there = processes.iter().chain(all.iter().map(|collected| &collected.process));
+            there.any(|process| key_of(*process) == *key)
+        });
+        for collected in all {
             let ledger = self.ledgers.entry(key_of(collected.process)).or_default();
             ledger.observe(&collected, self.options.policy, Instant::now());
             report.dirty_pages += collected.dirty.page_count();
-            report.processes.push(ProcessReport { process: collected.process, tracking: collected.tracking });
             followed.push(collected.process);
+            if !collected.process.vpid.is_object() {
+                let tracking = collected.tracking;
+                report.processes.push(ProcessReport { process: collected.process, tracking });
+            }
         }
         let (mut quota, limit) = self.quota(pace);
         report.scan = started.elapsed();
@@ -275,15 +288,24 @@ impl SourceEngine {
                 if report.stopped || limit.is_some_and(|limit| started.elapsed() >= limit) {
                     break;
                 }
-                let gathered = gather(process, self.round, &piece, sink);
+                let object = self.shared.file(process.vpid);
+                let gathered = gather(process, object, self.round, &piece, sink);
                 let gathered = gathered.map_err(|source| SourceError::Read { vpid: process.vpid, source })?;
                 ledger.settle(&gathered.sent, &gathered.gone, Instant::now());
                 report.add(&gathered);
             }
         }
         report.pending_pages = self.ledgers.values().map(|ledger| ledger.pending().page_count()).sum();
+        self.shared.look();
         report.left_pages = self.left(&processes);
         Ok(report)
+    }
+
+    /// What has been written since the last time, by processes and then to shared memory.
+    fn collect(&mut self, processes: &[Process]) -> Vec<Collected> {
+        let mut all = self.tracker.collect(processes);
+        all.extend(self.shared.collect(processes, self.tracker.as_mut()));
+        all
     }
 
     /// What the adaptive policy lets this round send, and how long it may take.
@@ -304,7 +326,8 @@ impl SourceEngine {
         }
         // Each on its own: one that ends meanwhile leaves nothing.
         let scans = processes.iter().filter_map(|process| self.tracker.final_scan(&[*process]).ok());
-        let scans: Vec<_> = scans.flatten().collect();
+        let mut scans: Vec<_> = scans.flatten().collect();
+        scans.extend(self.shared.left(processes, self.tracker.as_mut())?);
         let none = Ledger::default();
         let owed = scans.iter().map(|scan| {
             let ledger = self.ledgers.get(&key_of(scan.process)).unwrap_or(&none);
@@ -362,12 +385,14 @@ impl SourceEngine {
         self.round += 1;
         let mut report = RoundReport { round: self.round, ..RoundReport::default() };
         let started = Instant::now();
+        self.shared.look();
         let processes = process::list(&self.cgroup_procs)?;
         // CRIU, which may dump meanwhile, thaws the cgroup once it holds every task by itself.
         if self.freezer.state()? != FreezerState::Frozen && !process::all_traced(&processes)? {
             return Err(SourceError::NotFrozen);
         }
-        let scans = self.tracker.final_scan(&processes)?;
+        let mut scans = self.tracker.final_scan(&processes)?;
+        scans.extend(self.shared.scan(&processes, self.tracker.as_mut())?);
         let none = Ledger::default();
         let mut manifest = FinalManifest::default();
         let mut wanted = Vec::new();
@@ -391,7 +416,7 @@ impl SourceEngine {
         sink: Sink<'_>,
         report: &mut RoundReport,
     ) -> Result<(), SourceError> {
-        let gathered = gather(process, self.round, pages, sink);
+        let gathered = gather(process, self.shared.file(process.vpid), self.round, pages, sink);
         let gathered = gathered.map_err(|source| SourceError::Read { vpid: process.vpid, source })?;
         report.add(&gathered);
         if gathered.stopped {

@@ -2,19 +2,25 @@
 //!
 //! A directory with one sparse data file for all processes. Every 2 MiB of a process's address space that holds data
 //! gets a slot of 2 MiB in the file when it is first written, and a page lies in its slot where it lies in its 2 MiB.
+//! Shared memory lies in no such file but in memory of its own, which the restored processes will map: what comes is
+//! where it belongs, and is not copied again. It is there as long as somebody holds it ([`Objects`]).
+//!
 //! Which pages are stored is known in memory until [`PageStore::seal`] writes it to an index beside the file; then
 //! another process can read the pages ([`crate::sealed::SealedStore`]).
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use haulage_sys::{PAGE_BYTES, PAGE_SIZE};
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 
 use crate::chunk::{CHUNK_PAGES, Chunk, Piece};
 use crate::index::{Index, IndexError, Stored};
 use crate::named::Owner;
+use crate::object::{self, Place};
 use crate::process::{Generation, Vpid};
 use crate::range::{PageNo, PageRange, RangeSet};
 
@@ -75,12 +81,17 @@ pub enum StoreError {
     },
 }
 
+/// The shared memory of a sealed store: gone when this is dropped, unless somebody has opened it.
+#[derive(Debug)]
+pub struct Objects(#[expect(dead_code, reason = "held open, for others")] Vec<File>);
+
 /// A store that takes pages in.
 #[derive(Debug)]
 pub struct PageStore {
     dir: PathBuf,
     data: File,
     index: Index,
+    objects: BTreeMap<Vpid, File>,
     /// Slots whose chunk was dropped.
     free: Vec<u32>,
     chunks: usize,
@@ -102,6 +113,7 @@ impl PageStore {
             dir: dir.to_owned(),
             data,
             index: Index::default(),
+            objects: BTreeMap::new(),
             free: Vec::new(),
             chunks: 0,
             round: 0,
@@ -150,9 +162,9 @@ impl PageStore {
                 rest.split_at_checked(piece.range.count() as usize * PAGE_BYTES).unwrap_or_default();
             rest = after;
             let slot = self.slot_of(vpid, generation, piece.chunk)?;
-            self.data
+            self.data_of(vpid)
                 .write_all_at(here, offset(slot, piece.first()))
-                .map_err(|source| StoreError::Io { path: self.dir.join(DATA_FILE), source })?;
+                .map_err(|source| self.failed(source))?;
             let round = self.round;
             let chunk = self.chunk(vpid, generation, piece.chunk)?;
             chunk.latest = round;
@@ -169,10 +181,30 @@ impl PageStore {
     pub fn zero(&mut self, vpid: Vpid, generation: Generation, range: PageRange) -> Result<(), StoreError> {
         for piece in Piece::of(range) {
             let chunk = self.chunk(vpid, generation, piece.chunk)?;
+            let filled = !chunk.data.and(piece.bits()).is_empty();
             chunk.present = chunk.present.or(piece.bits());
             chunk.data = chunk.data.and_not(piece.bits());
+            if filled {
+                self.empty(vpid, piece.range)?;
+            }
         }
         Ok(())
+    }
+
+    /// Takes pages out of an object: whoever maps it reads zeros there, without being asked to.
+    fn empty(&self, vpid: Vpid, range: PageRange) -> Result<(), StoreError> {
+        let Some(object) = self.objects.get(&vpid) else { return Ok(()) };
+        let (start, length) = (range.start().address(), range.count() * PAGE_SIZE);
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(object, mode, start, length).map_err(|errno| self.failed(errno.into()))
+    }
+
+    fn data_of(&self, vpid: Vpid) -> &File {
+        self.objects.get(&vpid).unwrap_or(&self.data)
+    }
+
+    fn failed(&self, source: io::Error) -> StoreError {
+        StoreError::Io { path: self.dir.join(DATA_FILE), source }
     }
 
     /// Stores for the pages of `range` what is stored of as many pages from `like` on.
@@ -200,9 +232,9 @@ impl PageStore {
         let bit = page.0 % CHUNK_PAGES;
         match chunk.filter(|chunk| chunk.present.contains(bit)) {
             Some(Chunk { slot: Some(slot), data, .. }) if data.contains(bit) => self
-                .data
+                .data_of(owner.vpid)
                 .read_exact_at(bytes, offset(*slot, bit))
-                .map_err(|source| StoreError::Io { path: self.dir.join(DATA_FILE), source }),
+                .map_err(|source| self.failed(source)),
             Some(_) => {
                 bytes.fill(0);
                 Ok(())
@@ -237,8 +269,16 @@ impl PageStore {
     }
 
     /// Drops the stored pages of process `vpid` that are not in `keep`, and says how many there were.
-    pub fn retain(&mut self, vpid: Vpid, keep: &RangeSet) -> u64 {
-        let Some(stored) = self.index.processes.get_mut(&vpid) else { return 0 };
+    ///
+    /// # Errors
+    /// When they cannot be taken out of an object.
+    pub fn retain(&mut self, vpid: Vpid, keep: &RangeSet) -> Result<u64, StoreError> {
+        if self.objects.contains_key(&vpid) {
+            for gone in self.pages(vpid).subtract(keep).iter() {
+                self.empty(vpid, gone)?;
+            }
+        }
+        let Some(stored) = self.index.processes.get_mut(&vpid) else { return Ok(0) };
         let mut kept = std::collections::BTreeMap::new();
         for piece in keep.iter().flat_map(Piece::of) {
             let bits: &mut crate::chunk::Bits = kept.entry(piece.chunk).or_default();
@@ -253,16 +293,18 @@ impl PageStore {
             chunk.data = chunk.data.and(here);
             chunk.owed = chunk.owed.and(here);
             let stays = !chunk.present.is_empty();
-            free.extend(chunk.slot.filter(|_| !stays));
+            free.extend(chunk.slot.filter(|_| !stays && !vpid.is_object()));
             stays
         });
         self.chunks -= before - stored.chunks.len();
-        dropped
+        Ok(dropped)
     }
 
     /// Drops everything that is stored of process `vpid`, and says how many pages there were.
     pub fn reset(&mut self, vpid: Vpid) -> u64 {
-        let dropped = self.retain(vpid, &RangeSet::new());
+        // An object goes as a whole.
+        self.objects.remove(&vpid);
+        let dropped = self.retain(vpid, &RangeSet::new()).unwrap_or(0);
         self.index.processes.remove(&vpid);
         dropped
     }
@@ -284,16 +326,25 @@ impl PageStore {
             if self.index.processes.len() >= self.limits.processes {
                 return Err(StoreError::Full("processes"));
             }
+            if vpid.is_object() {
+                let memory = memfd_create(object::NAME, MemfdFlags::CLOEXEC);
+                self.objects.insert(vpid, memory.map_err(|errno| self.failed(errno.into()))?.into());
+            }
             self.index.processes.insert(vpid, Stored { generation, chunks: Default::default() });
         }
         Ok(())
     }
 
-    /// Writes the index, after which any process can open the store. The index appears whole or not at all.
+    /// Writes the index, after which any process can open the store, as long as the objects are held. The index appears
+    /// whole or not at all.
     ///
     /// # Errors
     /// When the disk fails; the store is as good as not sealed then.
-    pub fn seal(self) -> Result<PathBuf, StoreError> {
+    pub fn seal(mut self) -> Result<(PathBuf, Objects), StoreError> {
+        for (vpid, object) in &self.objects {
+            let at = Place::of(object).map_err(|source| self.failed(source))?;
+            self.index.objects.insert(*vpid, at);
+        }
         let path = self.dir.join(DATA_FILE);
         let length = u64::from(self.index.slots) * SLOT_BYTES;
         self.data.set_len(length).map_err(|source| StoreError::Io { path, source })?;
@@ -301,7 +352,7 @@ impl PageStore {
         fs::write(&draft, self.index.encode())
             .and_then(|()| fs::rename(&draft, &path))
             .map_err(|source| StoreError::Io { path, source })?;
-        Ok(self.dir)
+        Ok((self.dir, Objects(self.objects.into_values().collect())))
     }
 
     fn chunk(&mut self, vpid: Vpid, generation: Generation, number: u64) -> Result<&mut Chunk, StoreError> {
@@ -322,6 +373,12 @@ impl PageStore {
 
     fn slot_of(&mut self, vpid: Vpid, generation: Generation, number: u64) -> Result<u32, StoreError> {
         if let Some(slot) = self.chunk(vpid, generation, number)?.slot {
+            return Ok(slot);
+        }
+        if vpid.is_object() {
+            // Where the page belongs.
+            let slot = u32::try_from(number).map_err(|_| StoreError::Full("shared memory"))?;
+            self.chunk(vpid, generation, number)?.slot = Some(slot);
             return Ok(slot);
         }
         let slot = self.free.pop().unwrap_or(self.index.slots);

@@ -7,7 +7,7 @@ use crate::manifest::FinalManifest;
 use crate::named::Named;
 use crate::process::Vpid;
 use crate::range::{PageRange, RangeSet};
-use crate::store::{PageStore, StoreError, StoreLimits};
+use crate::store::{Objects, PageStore, StoreError, StoreLimits};
 
 /// A batch or a manifest could not be taken in.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +51,7 @@ pub struct Applied {
 }
 
 /// What the sealed store holds.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct FinishReport {
     /// The store's directory.
     pub dir: PathBuf,
@@ -63,6 +63,8 @@ pub struct FinishReport {
     pub dropped_pages: u64,
     /// Those of their pages whose bytes are still to come.
     pub owed_pages: u64,
+    /// To be held until the store has been opened by whoever is to have its shared memory.
+    pub objects: Objects,
 }
 
 /// Takes pages in.
@@ -173,11 +175,12 @@ impl TargetEngine {
                     first: *first,
                 });
             }
-            dropped_pages += self.store.retain(*vpid, &process.pages);
+            dropped_pages += self.store.retain(*vpid, &process.pages)?;
             self.store.owe(*vpid, process.generation, owed)?;
         }
         let (processes, pages) = (manifest.processes.len(), manifest.page_count());
         let owed_pages = owed.page_count();
-        Ok(FinishReport { dir: self.store.seal()?, processes, pages, dropped_pages, owed_pages })
+        let (dir, objects) = self.store.seal()?;
+        Ok(FinishReport { dir, processes, pages, dropped_pages, owed_pages, objects })
     }
 }

@@ -5,6 +5,7 @@
 
 use std::error::Error;
 use std::fmt;
+use std::io;
 
 use haulage_sys::pagemap::{Categories, Filter, Pagemap, tells_guards};
 use haulage_sys::soft_dirty::ZeroFrames;
@@ -144,6 +145,42 @@ pub enum TrackError {
         #[source]
         source: CallError,
     },
+    /// The shared memory of a frozen container could not be looked at.
+    #[error("shared memory cannot be known")]
+    Shared(#[source] io::Error),
+}
+
+/// What one process's page tables say about the shared memory that it has mapped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SharedWrites {
+    /// This.
+    Known(SharedScan),
+    /// Nothing of its own: it has the memory of another process, which is asked too.
+    Elsewhere,
+    /// They cannot be followed.
+    Unknown,
+}
+
+/// Pages of one process, by their places in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SharedScan {
+    /// Pages of mappings that were registered before this call.
+    pub registered: RangeSet,
+    /// Pages that were written since the last [`SharedTracker::collect_shared`]; of use only where `registered`.
+    pub written: RangeSet,
+    /// As [`Collected::direct_io`].
+    pub direct_io: bool,
+}
+
+/// A tracker that can also tell of shared memory, one process at a time. Which process is asked about which pages is
+/// [`crate::shared`]'s business, and what follows from the answers.
+pub trait SharedTracker {
+    /// Looks at `pages` of a process that [`DirtyTracker::collect`] was told of, protects what it finds written, and
+    /// registers the mappings that are not registered yet.
+    fn collect_shared(&mut self, process: Process, pages: &RangeSet) -> SharedWrites;
+
+    /// As [`Self::collect_shared`], and changes nothing.
+    fn scan_shared(&mut self, process: Process, pages: &RangeSet) -> SharedWrites;
 }
 
 /// Finds out which pages were written.
@@ -152,6 +189,11 @@ pub enum TrackError {
 pub trait DirtyTracker: Send + fmt::Debug {
     /// How it does.
     fn method(&self) -> Method;
+
+    /// The same for shared memory, if it can. Without, shared memory is sent when the container is frozen.
+    fn shared(&mut self) -> Option<&mut dyn SharedTracker> {
+        None
+    }
 
     /// Starts following `processes` and says of each whether that worked.
     fn begin(&mut self, processes: &[Process]) -> Vec<(Process, Tracking)>;

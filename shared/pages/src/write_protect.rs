@@ -11,6 +11,8 @@
 //! joins a registered neighbour. So "in a registered mapping and not written" means: this very page, of the mapping
 //! that was registered, since it was protected. Every registration of ours forgets its addresses first.
 
+mod shared;
+
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
@@ -21,11 +23,12 @@ use haulage_sys::uffd::WriteTracker;
 use haulage_sys::{ADDRESS_END, CallError, pidfd};
 
 use crate::direct_io;
-use crate::maps::{Maps, MapsError};
+use crate::maps::{Class, Maps, MapsError};
 use crate::process::{Process, Vpid};
 use crate::range::{PageRange, RangeSet};
 use crate::track::{
-    self, Collected, DirtyTracker, FinalScan, Forgotten, Method, Refused, TrackError, Tracking, Untracked,
+    self, Collected, DirtyTracker, FinalScan, Forgotten, Method, Refused, SharedTracker, TrackError,
+    Tracking, Untracked,
 };
 
 /// How long a process may take to stop for injection. Running and sleeping threads stop within microseconds.
@@ -243,7 +246,7 @@ impl Held {
     /// lies between two mappings that are not ours is registered at once: no mapping of ours reaches across these.
     pub(crate) fn register(&mut self, maps: &Maps, wanted: impl Fn(PageRange) -> bool) -> RangeSet {
         let mut registered = RangeSet::new();
-        for (span, mappings) in maps.tracked_spans() {
+        for (span, mappings) in maps.spans_of(Class::Tracked) {
             let mut mappings = mappings.into_iter().filter(|range| wanted(*range)).peekable();
             if mappings.peek().is_none() {
                 continue;
@@ -340,6 +343,10 @@ pub(crate) fn unknown(process: Process, reason: Untracked) -> Collected {
 impl DirtyTracker for WriteProtect {
     fn method(&self) -> Method {
         Method::WriteProtect
+    }
+
+    fn shared(&mut self) -> Option<&mut dyn SharedTracker> {
+        Some(self)
     }
 
     fn begin(&mut self, processes: &[Process]) -> Vec<(Process, Tracking)> {

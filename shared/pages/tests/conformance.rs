@@ -23,6 +23,7 @@ use haulage_pages::encode::Encoder;
 use haulage_pages::frame::Batch;
 use haulage_pages::maps::Maps;
 use haulage_pages::none::NoTracking;
+use haulage_pages::object;
 use haulage_pages::owed::{Ask, Errand};
 use haulage_pages::policy::{Pace, TransferPolicy};
 use haulage_pages::process::{self, Process};
@@ -83,9 +84,10 @@ impl Move {
         let processes = process::list(&self.target.cgroup_procs()).unwrap();
         let listed: Vec<_> = processes.iter().map(|process| (process.vpid, process.generation)).collect();
         assert_eq!(sealed.processes().collect::<Vec<_>>(), listed);
-        for process in processes {
-            compare(process, &sealed);
+        for process in &processes {
+            compare(*process, &sealed);
         }
+        compare_objects(&processes, &sealed);
         look(&report);
         report
     }
@@ -229,6 +231,30 @@ fn best(target: &Target) -> Box<dyn DirtyTracker> {
     }
 }
 
+/// As [`compare`], of shared memory: by every mapping of it.
+fn compare_objects(processes: &[Process], sealed: &SealedStore) {
+    let maps: Vec<_> = processes.iter().map(|process| (*process, Maps::of(process.pid).unwrap())).collect();
+    let objects = object::carried(&maps).unwrap();
+    let stored: Vec<_> = sealed.objects().map(|(_, id, _)| id).collect();
+    assert!(stored.len() == objects.len() && stored.iter().all(|id| objects.contains_key(id)));
+    let (mut there, mut here) = ([0; PAGE_BYTES], [0; PAGE_BYTES]);
+    for (vpid, id, memory) in sealed.objects() {
+        // As whoever maps it would make it, so that what was never sent can be read.
+        memory.set_len(1 << 32).unwrap();
+        let pages = sealed.pages(vpid);
+        for mapping in &objects[&id] {
+            let process = File::open(format!("/proc/{}/mem", mapping.process.pid)).unwrap();
+            for (index, page) in (mapping.pages.start().0..mapping.pages.end().0).enumerate() {
+                process.read_exact_at(&mut there, PageNo(page).address()).unwrap();
+                let page = PageNo(mapping.first.0 + index as u64);
+                memory.read_exact_at(&mut here, page.address()).unwrap();
+                assert!(there == here, "{page:?} of {id:?} differs");
+                assert!(pages.contains(page) || here.iter().all(|byte| *byte == 0));
+            }
+        }
+    }
+}
+
 /// Runs a scenario with every tracker and with every policy.
 fn on_all(before: &str, scenario: impl Fn(&mut Move)) {
     let history = TransferPolicy::History { window: 4, threshold: 2 };
@@ -353,6 +379,61 @@ fn heap_threads_huge_pages_and_mappings_that_are_not_ours() {
             moving.tell("write 0 600 1; brk 10; thread");
         },
     );
+}
+
+#[test]
+fn shared_memory_that_processes_fork_into_map_elsewhere_and_give_up() {
+    on_all("shared 0 700; write 0 0 400; shared 1 50; write 1 0 50; shared 2 20", |moving| {
+        moving.round();
+        moving.tell("write 0 30 20; zero 0 60 5; write 2 3 1; fork; brief 0 100 50");
+        moving.round();
+        moving.tell("readonly 0 200 10; unmap 0 300 50; punch 0 10 10; double 1 3; write 3 7 3");
+        moving.target.signal_children();
+        moving.round();
+        // What the child has still mapped, the first one has not.
+        moving.tell("onto 2 3; write 3 1 2; protect 0 220 10; unmap 1 0 50; shared 4 30; write 4 0 30");
+        moving.round();
+        moving.target.signal_children();
+        moving.tell("brief 0 400 20; write 0 650 3; punch 4 2 2; file 5 2; shared 6 9; write 6 8 1; exec");
+    });
+}
+
+#[test]
+fn shared_memory_written_to_in_the_last_moment_by_one_that_is_gone() {
+    for _ in 0..3 {
+        let mut target = Target::start_apart();
+        target.tell("shared 0 600; write 0 0 600");
+        let mut moving =
+            Move::begin(target, Box::new(WriteProtect::new().unwrap()), TransferPolicy::default());
+        moving.round();
+        moving.tell("fork");
+        moving.round();
+        moving.target.signal_children();
+        moving.tell("brief 0 300 40; write 0 500 5");
+        moving.finish();
+    }
+}
+
+#[test]
+fn shared_memory_that_nobody_writes_to_is_not_sent_again() {
+    let mut target = Target::start_apart();
+    target.tell("shared 0 2000; write 0 0 1000; fork; map 1 10; write 1 0 10");
+    let mut moving = Move::begin(target, Box::new(WriteProtect::new().unwrap()), TransferPolicy::All);
+    let first = moving.round().dirty_pages;
+    assert!((1010..1400).contains(&first), "{first}");
+    // The target's own input and output dirty a few pages.
+    let own = 8;
+    for _ in 0..2 {
+        let idle = moving.round();
+        assert!(idle.dirty_pages <= own && idle.left_pages.is_some_and(|left| left <= own), "{idle:?}");
+    }
+    moving.tell("write 0 100 37; read 0 0 1000; write 0 1500 5");
+    let written = moving.round().dirty_pages;
+    assert!((42..42 + own).contains(&written), "{written}");
+    moving.target.signal_children();
+    moving.tell("write 0 700 9");
+    let last = moving.finish();
+    assert!(last.data_pages <= 16 + 9 + 2 * own, "{last:?}");
 }
 
 #[test]

@@ -24,7 +24,8 @@ impl CallError {
         Self { call, errno: Errno::from_raw_os_error(raw) }
     }
 
-    pub(crate) fn from_io(call: &'static str, error: &std::io::Error) -> Self {
+    /// Of a call that the standard library made.
+    pub fn from_io(call: &'static str, error: &std::io::Error) -> Self {
         Self { call, errno: Errno::from_raw_os_error(error.raw_os_error().unwrap_or(libc::EIO)) }
     }
 

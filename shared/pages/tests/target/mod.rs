@@ -18,6 +18,8 @@ static NEXT: AtomicU32 = AtomicU32::new(0);
 pub(crate) struct Target {
     group: PathBuf,
     child: Child,
+    /// The program, where the child is only what keeps it.
+    program: Option<Pid>,
     stdin: ChildStdin,
     lines: Lines<BufReader<ChildStdout>>,
     _program: tempfile::TempDir,
@@ -25,13 +27,34 @@ pub(crate) struct Target {
 
 impl Target {
     pub(crate) fn start() -> Self {
+        Self::start_by(&[])
+    }
+
+    /// In a pid namespace of its own, as in a container.
+    pub(crate) fn start_apart() -> Self {
+        let mut target = Self::start_by(&["unshare", "--pid", "--fork", "--kill-child"]);
+        // Its answer says that it is there.
+        target.tell("brk 0");
+        let children = format!("/proc/{0}/task/{0}/children", target.child.id());
+        let program = fs::read_to_string(children).unwrap().trim().parse().unwrap();
+        fs::write(target.group.join("cgroup.procs"), format!("{program}")).unwrap();
+        // The other one has no part in this.
+        let outside = target.group.parent().unwrap().join("cgroup.procs");
+        fs::write(outside, target.child.id().to_string()).unwrap();
+        target.program = Pid::from_raw(program);
+        target
+    }
+
+    fn start_by(wrapper: &[&str]) -> Self {
         let program = tempfile::tempdir().unwrap();
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/target/target.c");
         let binary = program.path().join("target");
         let compiled = Command::new("cc").args(["-O1", "-pthread", "-o"]).arg(&binary).arg(source).status();
         assert!(compiled.unwrap().success());
         let group = make_group();
-        let mut child = Command::new(&binary)
+        let mut words = wrapper.iter().map(std::ffi::OsStr::new).chain([binary.as_os_str()]);
+        let mut child = Command::new(words.next().unwrap())
+            .args(words)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .process_group(0)
@@ -40,7 +63,7 @@ impl Target {
         fs::write(group.join("cgroup.procs"), child.id().to_string()).unwrap();
         let stdin = child.stdin.take().unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        Self { group, child, stdin, lines, _program: program }
+        Self { group, child, program: None, stdin, lines, _program: program }
     }
 
     /// Gives commands, separated by semicolons, and waits until each is done.
@@ -56,7 +79,7 @@ impl Target {
     }
 
     pub(crate) fn pid(&self) -> Pid {
-        Pid::from_child(&self.child)
+        self.program.unwrap_or(Pid::from_child(&self.child))
     }
 
     pub(crate) fn freezer(&self) -> Freezer {

@@ -180,6 +180,10 @@ int main(int argc, char **argv) {
         else if (!strcmp(word, "race")) { atomic_store(&racing, 1); if (pthread_create(&thread, 0, race, (void *)a)) fail(word); }
         else if (!strcmp(word, "stop")) { atomic_store(&racing, 0); pthread_join(thread, 0); }
         else if (!strcmp(word, "fork")) { signal(SIGUSR1, childwork); pid_t child = fork(); if (child < 0) fail(word); if (!child) { state += getpid(); childwork(0); for (;;) pause(); } }
+        else if (!strcmp(word, "brief")) { pid_t child = fork(); if (child < 0) fail(word); if (!child) { state += getpid() + raced; for (unsigned long i = b; i < b + c; i++) fill(at + i * PAGE); _exit(0); } raced++; if (waitpid(child, 0, 0) < 0) fail(word); }
+        else if (!strcmp(word, "double")) { region[b].at = check(mremap(at, 0, region[a].pages * PAGE, MREMAP_MAYMOVE), word); region[b].pages = region[a].pages; }
+        else if (!strcmp(word, "punch")) { if (madvise(at + b * PAGE, c * PAGE, MADV_REMOVE)) fail(word); }
+        else if (!strcmp(word, "readonly")) { if (mprotect(at + b * PAGE, c * PAGE, PROT_READ)) fail(word); }
         else if (!strcmp(word, "clonevm")) { char *stack = malloc(65536); if (clone(shares, stack + 65536, CLONE_VM | SIGCHLD, 0) < 0) fail(word); }
         else if (!strcmp(word, "exec")) { execl("/proc/self/exe", "target", "again", (char *)0); fail(word); }
         else { fprintf(stderr, "unknown: %s", line); exit(1); }

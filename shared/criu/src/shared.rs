@@ -1,0 +1,312 @@
+//! Shared memory that CRIU was not told of, in the images that it restores.
+//!
+//! ```text
+//!  checkpointer: smaps ─► without ─► haul-shared.img ══► join: mm-<pid>.img + mappings, files.img + one file an object
+//!                                                               restore: the file's name is the key of a descriptor
+//! ```
+//! A mapping of an object becomes one of a regular file that CRIU does not open by its path but inherits as a descriptor
+//! (`open_path` of `criu/files-reg.c`): of memory that holds everything already. CRIU opens it anew for each process.
+
+use std::fs::{self, File};
+use std::io::{BufReader, ErrorKind};
+use std::path::Path;
+
+use prost::Message;
+
+use crate::image::{ImageError, ImageKind, ImageReader, ImageWriter, io_at};
+use crate::merge::MergeError;
+use crate::mm;
+use crate::wire;
+
+/// Ours, among CRIU's images.
+const FILE: &str = "haul-shared.img";
+const FILES: &str = "files.img";
+const MEMFDS: &str = "memfd-inode.img";
+/// `O_RDWR` of `open(2)`.
+const READ_WRITE: u32 = 2;
+/// `VMA_AREA_REGULAR` and `VMA_FILE_SHARED` of `criu/include/image.h`.
+const SHARED_FILE: u32 = 1 | 1 << 7;
+/// `REG` of `fd_types` in `images/fdinfo.proto`.
+const REGULAR: i32 = 1;
+/// The field of mappings in `images/mm.proto`.
+const MAPPINGS: u32 = 14;
+
+/// A mapping of an object. Addresses are in bytes, `end` exclusive.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct SharedMapping {
+    /// Its first byte.
+    #[prost(uint64, required, tag = "1")]
+    pub start: u64,
+    /// The byte after its last.
+    #[prost(uint64, required, tag = "2")]
+    pub end: u64,
+    /// Where in the object it begins, in bytes.
+    #[prost(uint64, required, tag = "3")]
+    pub offset: u64,
+    /// The object's inode number on the source.
+    #[prost(uint64, required, tag = "4")]
+    pub object: u64,
+    /// `PROT_…` bits.
+    #[prost(uint32, required, tag = "5")]
+    pub prot: u32,
+    /// `MAP_…` bits.
+    #[prost(uint32, required, tag = "6")]
+    pub flags: u32,
+    /// A bit for each advice of `madvise(2)` that is in force.
+    #[prost(uint64, optional, tag = "7")]
+    pub madv: Option<u64>,
+}
+
+/// An object.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct SharedObject {
+    /// Its inode number on the source.
+    #[prost(uint64, required, tag = "1")]
+    pub id: u64,
+    /// Its length in bytes.
+    #[prost(uint64, required, tag = "2")]
+    pub size: u64,
+}
+
+/// The mappings of one process.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct SharedProcess {
+    /// Its id in the images.
+    #[prost(uint32, required, tag = "1")]
+    pub pid: u32,
+    /// In address order.
+    #[prost(message, repeated, tag = "2")]
+    pub mappings: Vec<SharedMapping>,
+}
+
+/// All shared memory that a dump has left out.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct LeftOut {
+    /// The objects.
+    #[prost(message, repeated, tag = "1")]
+    pub objects: Vec<SharedObject>,
+    /// The processes that have some of them mapped.
+    #[prost(message, repeated, tag = "2")]
+    pub processes: Vec<SharedProcess>,
+}
+
+impl LeftOut {
+    /// Writes it to the images' directory `dir`, beside what CRIU writes.
+    ///
+    /// # Errors
+    /// When there is something of that name.
+    pub fn write(&self, dir: &Path) -> Result<(), ImageError> {
+        let mut image = ImageWriter::create(&dir.join(FILE), ImageKind::Shared)?;
+        image.append(self)?;
+        image.finish().map(drop)
+    }
+
+    /// What the images in `dir` lack; nothing where it is not said.
+    ///
+    /// # Errors
+    /// When the image is damaged.
+    pub fn read(dir: &Path) -> Result<Self, ImageError> {
+        let path = dir.join(FILE);
+        let file = match File::open(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Self::default()),
+            opened => opened.map_err(io_at(&path))?,
+        };
+        let mut image = ImageReader::new(&path, ImageKind::Shared, BufReader::new(file))?;
+        image.read_known()?.ok_or_else(|| image.damaged("it is empty"))
+    }
+
+    /// The key by which a restore inherits the descriptor of object number `index`.
+    pub fn key(index: usize) -> String {
+        format!("haul-shared-{index}")
+    }
+}
+
+/// `reg_file_entry`.
+#[derive(Clone, PartialEq, prost::Message)]
+struct RegFile {
+    #[prost(uint32, required, tag = "1")]
+    id: u32,
+    #[prost(uint32, required, tag = "2")]
+    flags: u32,
+    #[prost(uint64, required, tag = "3")]
+    pos: u64,
+    #[prost(message, required, tag = "5")]
+    owner: Owner,
+    #[prost(string, required, tag = "6")]
+    name: String,
+    #[prost(bool, optional, tag = "9")]
+    ext: Option<bool>,
+}
+
+/// `fown_entry`: nobody.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Owner {
+    #[prost(uint32, required, tag = "1")]
+    uid: u32,
+    #[prost(uint32, required, tag = "2")]
+    euid: u32,
+    #[prost(uint32, required, tag = "3")]
+    signum: u32,
+    #[prost(uint32, required, tag = "4")]
+    pid_type: u32,
+    #[prost(uint32, required, tag = "5")]
+    pid: u32,
+}
+
+/// `file_entry`, of a regular file.
+#[derive(Clone, PartialEq, prost::Message)]
+struct FileEntry {
+    #[prost(int32, required, tag = "1")]
+    kind: i32,
+    #[prost(uint32, required, tag = "2")]
+    id: u32,
+    #[prost(message, optional, tag = "3")]
+    regular: Option<RegFile>,
+}
+
+/// `vma_entry`.
+#[derive(Clone, PartialEq, prost::Message)]
+struct VmaEntry {
+    #[prost(uint64, required, tag = "1")]
+    start: u64,
+    #[prost(uint64, required, tag = "2")]
+    end: u64,
+    #[prost(uint64, required, tag = "3")]
+    offset: u64,
+    #[prost(uint64, required, tag = "4")]
+    file: u64,
+    #[prost(uint32, required, tag = "5")]
+    prot: u32,
+    #[prost(uint32, required, tag = "6")]
+    flags: u32,
+    #[prost(uint32, required, tag = "7")]
+    status: u32,
+    #[prost(sint64, required, tag = "8")]
+    fd: i64,
+    #[prost(uint64, optional, tag = "9")]
+    madv: Option<u64>,
+    #[prost(uint32, optional, tag = "10")]
+    fdflags: Option<u32>,
+}
+
+/// `memfd_inode_entry`, as far as it matters.
+#[derive(Clone, PartialEq, prost::Message)]
+struct MemfdInode {
+    #[prost(uint32, required, tag = "5")]
+    inode: u32,
+}
+
+/// Adds what was left out to the images of the processes `pids` in `out`, which are links to those in `received`.
+///
+/// # Errors
+/// When CRIU knows of an object or of something in the place of a mapping all the same: then one of both is stale.
+pub(crate) fn add(left_out: &LeftOut, received: &Path, out: &Path, pids: &[u32]) -> Result<(), MergeError> {
+    if left_out.objects.is_empty() && left_out.processes.is_empty() {
+        return Ok(());
+    }
+    refuse_known(left_out, received)?;
+    let first = add_files(left_out, received, out)?;
+    for SharedProcess { pid, mappings } in &left_out.processes {
+        if !pids.contains(pid) {
+            return Err(MergeError::NoProcess(*pid));
+        }
+        add_mappings(left_out, first, *pid, mappings, received, out)?;
+    }
+    Ok(())
+}
+
+/// CRIU dumps an object that it sees by a descriptor or another mapping.
+fn refuse_known(left_out: &LeftOut, received: &Path) -> Result<(), MergeError> {
+    let path = received.join(MEMFDS);
+    let mut image = match ImageReader::open(&path, ImageKind::MemfdInode) {
+        Err(ImageError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => return Ok(()),
+        opened => opened?,
+    };
+    while let Some(MemfdInode { inode }) = image.read()? {
+        // CRIU keeps the lower 32 bits of the number.
+        if let Some(object) = left_out.objects.iter().find(|object| object.id as u32 == inode) {
+            return Err(MergeError::Shared { object: object.id });
+        }
+    }
+    Ok(())
+}
+
+/// One file an object; the id of the first.
+fn add_files(left_out: &LeftOut, received: &Path, out: &Path) -> Result<u32, MergeError> {
+    let (from, to) = (received.join(FILES), out.join(FILES));
+    let mut image = ImageReader::open(&from, ImageKind::Files)?;
+    let mut last = 0;
+    while let Some(FileEntry { id, .. }) = image.read()? {
+        last = last.max(id);
+    }
+    let first = last.checked_add(1).ok_or_else(|| image.unknown("file ids up to the last"))?;
+    // Never written through a link to what was received.
+    fs::remove_file(&to).map_err(io_at(&to))?;
+    fs::copy(&from, &to).map_err(io_at(&to))?;
+    let file = File::options().append(true).open(&to).map_err(io_at(&to))?;
+    let mut image = ImageWriter::further(&to, file);
+    for (index, id) in (0..left_out.objects.len()).zip(first..) {
+        let (name, owner) = (LeftOut::key(index), Owner::default());
+        let regular = RegFile { id, flags: READ_WRITE, pos: 0, owner, name, ext: Some(true) };
+        image.append(&FileEntry { kind: REGULAR, id, regular: Some(regular) })?;
+    }
+    image.finish()?;
+    Ok(first)
+}
+
+fn add_mappings(
+    left_out: &LeftOut,
+    first_file: u32,
+    pid: u32,
+    mappings: &[SharedMapping],
+    received: &Path,
+    out: &Path,
+) -> Result<(), MergeError> {
+    let (from, to) = (mm::path(received, pid), mm::path(out, pid));
+    let mut image = ImageReader::open(&from, ImageKind::Mm)?;
+    let whole = image.next_bytes()?.ok_or_else(|| image.damaged("it is empty"))?;
+    let fields = wire::fields(&whole).ok_or_else(|| image.damaged("not a message"))?;
+    let (mut all, mut guards) = (Vec::new(), Vec::new());
+    for field in fields.iter().filter(|field| field.number == MAPPINGS) {
+        let mapping = mm::Mapping::decode(field.content).map_err(|error| image.damaged(error))?;
+        match mapping.status & mm::GUARD {
+            0 => all.push((mapping.start, mapping.end, field.content.to_vec())),
+            // They lie within mappings, and come behind them all.
+            _ => guards.push(field.content),
+        }
+    }
+    for mapping in mappings {
+        let index = left_out.objects.iter().position(|object| object.id == mapping.object);
+        let index = index.ok_or(MergeError::Shared { object: mapping.object })?;
+        let entry = VmaEntry {
+            start: mapping.start,
+            end: mapping.end,
+            offset: mapping.offset,
+            // Few enough: each has an entry in an image of limited size.
+            file: u64::from(first_file) + index as u64,
+            prot: mapping.prot,
+            flags: mapping.flags,
+            status: SHARED_FILE,
+            fd: -1,
+            madv: mapping.madv,
+            fdflags: Some(READ_WRITE),
+        };
+        all.push((mapping.start, mapping.end, entry.encode_to_vec()));
+    }
+    all.sort_by_key(|(start, ..)| *start);
+    let overlap = all.iter().zip(all.iter().skip(1)).find(|((_, end, _), (start, ..))| start < end);
+    if let Some((_, (address, ..))) = overlap {
+        return Err(MergeError::Overlap { pid, address: *address });
+    }
+    let mut joined = Vec::with_capacity(whole.len() + mappings.len() * 64);
+    // The order among different fields means nothing.
+    let others = fields.iter().filter(|field| field.number != MAPPINGS);
+    others.for_each(|field| joined.extend_from_slice(field.whole));
+    all.iter().for_each(|(_, _, entry)| wire::append(&mut joined, MAPPINGS, entry));
+    guards.into_iter().for_each(|entry| wire::append(&mut joined, MAPPINGS, entry));
+    fs::remove_file(&to).map_err(io_at(&to))?;
+    let mut image = ImageWriter::create(&to, ImageKind::Mm)?;
+    image.append_bytes(&joined)?;
+    image.finish()?;
+    Ok(())
+}

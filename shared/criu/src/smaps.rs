@@ -1,0 +1,140 @@
+//! `/proc/<pid>/smaps` as CRIU reads it, and the same without mappings that it shall not know of.
+//!
+//! CRIU learns of mappings from this file alone (`parse_smaps` of `criu/proc_parse.c`). What it is not told of it neither
+//! dumps nor names in its images; so what is left out here is described as its images would ([`SharedMapping`]), and
+//! added to them before the restore ([`crate::shared`]).
+
+use std::ops::Range;
+
+use crate::shared::SharedMapping;
+
+/// Protections and flags of `mmap(2)`.
+const READ: u32 = 1;
+const WRITE: u32 = 2;
+const EXECUTE: u32 = 4;
+const MAP_SHARED: u32 = 0x01;
+/// Flags that `VmFlags` tells, as CRIU takes them over (`__parse_vmflags` of `criu/proc_parse.c`).
+const FLAGS: [(&str, u32); 2] = [("lo", 0x2000), ("nr", 0x4000)];
+/// Advice, by its number in `madvise(2)`.
+const ADVICE: [(&str, u32); 7] =
+    [("sr", 2), ("rr", 1), ("dc", 10), ("dd", 16), ("mg", 12), ("hg", 14), ("nh", 15)];
+
+/// A file that is not what `proc(5)` says, or lacks a mapping that was there.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SmapsError {
+    /// A line is not understood.
+    #[error("line {0:?} of smaps is not understood")]
+    Line(String),
+    /// A mapping that is to be left out is not there, or is no shared one.
+    #[error("no shared mapping at {0:#x}")]
+    Missing(u64),
+}
+
+/// `smaps` without the mappings that are `hidden` (addresses, each exactly one mapping), and these.
+///
+/// # Errors
+/// See [`SmapsError`].
+pub(crate) fn without(
+    smaps: &str,
+    hidden: &[Range<u64>],
+) -> Result<(String, Vec<SharedMapping>), SmapsError> {
+    let (mut rest, mut found) = (String::with_capacity(smaps.len()), Vec::<SharedMapping>::new());
+    let mut is_hidden = false;
+    for line in smaps.split_inclusive('\n') {
+        if let Some(range) = range_of(line) {
+            is_hidden = hidden.contains(&range);
+            if is_hidden {
+                found.push(mapping(line, range).ok_or_else(|| SmapsError::Line(line.to_owned()))?);
+            }
+        } else if let (true, Some(mapping), Some(flags)) =
+            (is_hidden, found.last_mut(), line.strip_prefix("VmFlags:"))
+        {
+            let told = |flag: &&str| flags.split_ascii_whitespace().any(|word| word == *flag);
+            mapping.flags |= FLAGS.iter().filter(|(name, _)| told(name)).fold(0, |all, (_, flag)| all | flag);
+            let advice =
+                ADVICE.iter().filter(|(name, _)| told(name)).fold(0, |all, (_, number)| all | 1 << number);
+            mapping.madv = (advice != 0).then_some(advice);
+        }
+        if !is_hidden {
+            rest.push_str(line);
+        }
+    }
+    let missing = hidden.iter().find(|range| !found.iter().any(|mapping| mapping.start == range.start));
+    match missing {
+        Some(range) => Err(SmapsError::Missing(range.start)),
+        None => Ok((rest, found)),
+    }
+}
+
+/// The addresses, if the line begins a mapping: `start-end perms offset device inode name`.
+fn range_of(line: &str) -> Option<Range<u64>> {
+    let (start, end) = line.split_once(' ')?.0.split_once('-')?;
+    Some(u64::from_str_radix(start, 16).ok()?..u64::from_str_radix(end, 16).ok()?)
+}
+
+fn mapping(line: &str, range: Range<u64>) -> Option<SharedMapping> {
+    let mut fields = line.split_ascii_whitespace().skip(1);
+    let (permissions, offset, _device) = (fields.next()?, fields.next()?, fields.next()?);
+    let &[read, write, execute, b's'] = permissions.as_bytes() else { return None };
+    let allowed = [(read == b'r', READ), (write == b'w', WRITE), (execute == b'x', EXECUTE)];
+    Some(SharedMapping {
+        start: range.start,
+        end: range.end,
+        offset: u64::from_str_radix(offset, 16).ok()?,
+        object: fields.next()?.parse().ok()?,
+        prot: allowed.iter().filter(|(is_allowed, _)| *is_allowed).fold(0, |all, (_, bit)| all | bit),
+        flags: MAP_SHARED,
+        madv: None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMAPS: &str = "\
+7f0000000000-7f0000004000 rw-s 00002000 00:01 77                         /dev/zero (deleted)
+Size:                 16 kB
+VmFlags: rd wr sh mr mw me ms nr dd sd 
+7f0000004000-7f0000006000 rw-p 00000000 00:00 0 
+Size:                  8 kB
+VmFlags: rd wr mr mw me ac sd 
+7f0000008000-7f0000009000 r--s 00000000 00:01 77                         /dev/zero (deleted)
+VmFlags: rd sh mr mw me ms sd 
+";
+
+    #[test]
+    fn what_is_hidden_is_described_and_the_rest_is_as_it_was() {
+        let hidden = [0x7f00_0000_8000..0x7f00_0000_9000, 0x7f00_0000_0000..0x7f00_0000_4000];
+        let (rest, found) = without(SMAPS, &hidden).unwrap();
+        assert_eq!(rest, SMAPS.lines().skip(3).take(3).map(|line| format!("{line}\n")).collect::<String>());
+        let first = SharedMapping {
+            start: 0x7f00_0000_0000,
+            end: 0x7f00_0000_4000,
+            offset: 0x2000,
+            object: 77,
+            prot: READ | WRITE,
+            flags: MAP_SHARED | 0x4000,
+            madv: Some(1 << 16),
+        };
+        let second = SharedMapping {
+            start: 0x7f00_0000_8000,
+            end: 0x7f00_0000_9000,
+            offset: 0,
+            object: 77,
+            prot: READ,
+            flags: MAP_SHARED,
+            madv: None,
+        };
+        assert_eq!(found, [first, second]);
+    }
+
+    #[test]
+    fn what_is_not_there_or_not_shared_cannot_be_hidden() {
+        for range in [0x7f00_0000_0000..0x7f00_0000_3000, 0x1000..0x2000] {
+            let start = range.start;
+            assert_eq!(without(SMAPS, &[range]), Err(SmapsError::Missing(start)));
+        }
+        assert!(matches!(without(SMAPS, &[0x7f00_0000_4000..0x7f00_0000_6000]), Err(SmapsError::Line(_))));
+    }
+}

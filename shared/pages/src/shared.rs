@@ -1,0 +1,262 @@
+//! What was written to shared memory since the last round, and what of it exists.
+//!
+//! Page tables tell of writes, and each process has its own. So what was written to an object is
+//! - what some page table says, of mappings that have been registered since the last round;
+//! - all that a mapping shows which is new, or has been: whatever was done through it went unseen;
+//! - pages that held nothing the last time;
+//! - everything, if some process may have been born and have died in between ([`crate::births`]).
+//!
+//! What remains unseen: a write through a second mapping that a process makes of the same memory (`mremap` with an old
+//! size of 0) and gives up again between two rounds; and a write to a page that the process itself takes out of its page
+//! tables before the next round (`MADV_DONTNEED`, `MADV_PAGEOUT` on shared memory).
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::fs::File;
+
+use crate::births::Births;
+use crate::maps::{Maps, MapsError};
+use crate::object::{self, ObjectId, ObjectMapping};
+use crate::process::{Process, Vpid};
+use crate::range::RangeSet;
+use crate::track::{
+    Collected, DirtyTracker, FinalScan, Forgotten, SharedScan, SharedWrites, TrackError, Tracking,
+};
+
+/// The shared memory of one container.
+#[derive(Debug, Default)]
+pub(crate) struct SharedMemory {
+    births: Births,
+    objects: BTreeMap<ObjectId, Known>,
+    numbers: BTreeMap<ObjectId, u32>,
+    /// There has been some.
+    is_used: bool,
+}
+
+/// An object, as the last round has seen it.
+#[derive(Debug)]
+struct Known {
+    file: File,
+    extents: RangeSet,
+    /// Mappings that have been registered since.
+    mappings: Vec<ObjectMapping>,
+}
+
+/// What the processes' page tables say about the mappings of one object.
+#[derive(Debug, Default)]
+struct Writes {
+    dirty: RangeSet,
+    /// Mappings that are registered from now on.
+    followed: Vec<ObjectMapping>,
+    direct_io: bool,
+    /// Some process cannot be followed.
+    unknown: bool,
+}
+
+type Objects = BTreeMap<ObjectId, Vec<ObjectMapping>>;
+
+impl SharedMemory {
+    /// That of a container with these processes.
+    pub(crate) fn begin(processes: &[Process]) -> Self {
+        let maps: Vec<_> =
+            processes.iter().filter_map(|process| Some((*process, Maps::of(process.pid).ok()?))).collect();
+        let is_used = object::carried(&maps).is_ok_and(|objects| !objects.is_empty());
+        Self { births: Births::of(processes), is_used, ..Self::default() }
+    }
+
+    /// To be called before processes are listed for [`Self::collect`], [`Self::scan`] or [`Self::left`].
+    pub(crate) fn look(&mut self) {
+        if self.is_used {
+            self.births.look();
+        }
+    }
+
+    /// The object that the id stands for.
+    pub(crate) fn file(&self, vpid: Vpid) -> Option<&File> {
+        let (id, _) = self.numbers.iter().find(|(_, number)| Vpid::of_object(**number) == vpid)?;
+        Some(&self.objects.get(id)?.file)
+    }
+
+    /// What was written since the last call, with the objects in place of processes. Nothing where the tracker cannot
+    /// tell, nor of an object that a process uses which cannot be followed: it goes in the final round.
+    pub(crate) fn collect(
+        &mut self,
+        processes: &[Process],
+        tracker: &mut dyn DirtyTracker,
+    ) -> Vec<Collected> {
+        let Some(tracker) = tracker.shared() else { return Vec::new() };
+        let mut unsure = false;
+        let maps = processes.iter().filter_map(|process| match Maps::of(process.pid) {
+            Ok(maps) => Some((*process, maps)),
+            Err(error) => {
+                unsure |= !error.is_of_the_gone();
+                None
+            }
+        });
+        let maps: Vec<_> = maps.collect();
+        let Ok(objects) = object::carried(&maps) else { return Vec::new() };
+        self.is_used |= !objects.is_empty();
+        unsure |= self.births.is_unsure(processes);
+        self.births.forgive();
+        let scans = scans(&objects, |process, pages| tracker.collect_shared(process, pages));
+        self.objects.retain(|id, _| objects.contains_key(id));
+        let mut all = Vec::new();
+        for (id, mappings) in objects {
+            let Some(process) = self.stand_in(id, &mappings) else { continue };
+            let Some(known) = self.objects.get_mut(&id) else { continue };
+            let extents = match object::extents(&known.file) {
+                Ok(extents) => extents,
+                Err(_) => continue,
+            };
+            let writes = writes(&known.mappings, &mappings, &scans);
+            let mut dirty = match unsure {
+                true => extents.clone(),
+                false => writes.dirty.union(&extents.subtract(&known.extents)).intersect(&extents),
+            };
+            (known.extents, known.mappings) = (extents.clone(), writes.followed);
+            if writes.unknown {
+                (known.extents, dirty) = (RangeSet::new(), RangeSet::new());
+            }
+            all.push(Collected {
+                process,
+                tracking: Tracking::Tracked { refused: Vec::new() },
+                mapped: extents,
+                forgotten: Forgotten::Pages(RangeSet::new()),
+                dirty,
+                direct_io: writes.direct_io,
+            });
+        }
+        all
+    }
+
+    /// The truth about the objects of a frozen container, with them in place of processes. Changes nothing, except that
+    /// objects may be opened.
+    ///
+    /// # Errors
+    /// When anything cannot be known.
+    pub(crate) fn scan(
+        &mut self,
+        processes: &[Process],
+        tracker: &mut dyn DirtyTracker,
+    ) -> Result<Vec<FinalScan>, TrackError> {
+        let mut maps = Vec::new();
+        for process in processes {
+            let vpid = process.vpid;
+            maps.push((*process, Maps::of(process.pid).map_err(|source| TrackError::Maps { vpid, source })?));
+        }
+        self.scan_maps(processes, &maps, tracker)
+    }
+
+    /// As [`Self::scan`], nearly: the processes run, and those that end meanwhile are left out.
+    pub(crate) fn left(
+        &mut self,
+        processes: &[Process],
+        tracker: &mut dyn DirtyTracker,
+    ) -> Option<Vec<FinalScan>> {
+        let maps = processes.iter().filter_map(|process| Some((*process, Maps::of(process.pid).ok()?)));
+        self.scan_maps(processes, &maps.collect::<Vec<_>>(), tracker).ok()
+    }
+
+    fn scan_maps(
+        &mut self,
+        processes: &[Process],
+        maps: &[(Process, Maps)],
+        tracker: &mut dyn DirtyTracker,
+    ) -> Result<Vec<FinalScan>, TrackError> {
+        let objects = object::carried(maps).map_err(TrackError::Shared)?;
+        let unsure = self.births.is_unsure(processes);
+        let mut tracker = tracker.shared();
+        let scans = scans(&objects, |process, pages| match &mut tracker {
+            Some(tracker) => tracker.scan_shared(process, pages),
+            None => SharedWrites::Unknown,
+        });
+        let mut all = Vec::new();
+        for (id, mappings) in objects {
+            let process = self.stand_in(id, &mappings);
+            let gone = || TrackError::Shared(std::io::ErrorKind::NotFound.into());
+            let process = process.ok_or_else(gone)?;
+            let known = self.objects.get(&id).ok_or_else(gone)?;
+            let exists = object::extents(&known.file).map_err(TrackError::Shared)?;
+            let writes = writes(&known.mappings, &mappings, &scans);
+            let unwritten = match unsure || writes.unknown {
+                true => RangeSet::new(),
+                false => exists.intersect(&known.extents).subtract(&writes.dirty),
+            };
+            all.push(FinalScan { process, exists, unwritten });
+        }
+        Ok(all)
+    }
+
+    /// What goes by the object's id in place of a process. The object is open then, unless that is not possible.
+    fn stand_in(&mut self, id: ObjectId, mappings: &[ObjectMapping]) -> Option<Process> {
+        let first = mappings.first()?;
+        if let Entry::Vacant(place) = self.objects.entry(id) {
+            let file = mappings.iter().find_map(|mapping| mapping.open(id).ok())?;
+            place.insert(Known { file, extents: RangeSet::new(), mappings: Vec::new() });
+        }
+        let next = u32::try_from(self.numbers.len()).ok()?;
+        let number = *self.numbers.entry(id).or_insert(next);
+        Some(Process { pid: first.process.pid, vpid: Vpid::of_object(number), generation: id.generation() })
+    }
+}
+
+/// What `scan` says of each process that has an object mapped.
+fn scans(
+    objects: &Objects,
+    mut scan: impl FnMut(Process, &RangeSet) -> SharedWrites,
+) -> BTreeMap<Vpid, SharedWrites> {
+    let mut mapped = BTreeMap::<Vpid, (Process, RangeSet)>::new();
+    for mapping in objects.values().flatten() {
+        let entry = mapped.entry(mapping.process.vpid).or_insert((mapping.process, RangeSet::new()));
+        entry.1.insert(mapping.pages);
+    }
+    mapped.into_iter().map(|(vpid, (process, pages))| (vpid, scan(process, &pages))).collect()
+}
+
+/// Puts together what is said about the mappings of one object, which were `before` at the last round and are `now`.
+fn writes(before: &[ObjectMapping], now: &[ObjectMapping], scans: &BTreeMap<Vpid, SharedWrites>) -> Writes {
+    let mut writes = Writes::default();
+    // Of processes with the memory of another one, that one tells all.
+    let speaks =
+        |mapping: &&ObjectMapping| !matches!(scans.get(&mapping.process.vpid), Some(SharedWrites::Elsewhere));
+    for mapping in now.iter().filter(speaks) {
+        let pages = RangeSet::from_iter([mapping.pages]);
+        let Some(SharedWrites::Known(SharedScan { registered, written, direct_io })) =
+            scans.get(&mapping.process.vpid)
+        else {
+            writes.unknown = true;
+            continue;
+        };
+        let sure = common(mapping, before).intersect(registered);
+        let seen = written.intersect(&sure).union(&pages.subtract(&sure));
+        writes.dirty = writes.dirty.union(&mapping.of_object(&seen));
+        writes.direct_io |= direct_io;
+        writes.followed.push(*mapping);
+    }
+    for mapping in before.iter().filter(speaks) {
+        let gone = RangeSet::from_iter([mapping.pages]).subtract(&common(mapping, now));
+        writes.dirty = writes.dirty.union(&mapping.of_object(&gone));
+    }
+    writes
+}
+
+/// The pages of a mapping that are at the same place in one of `others`.
+fn common(mapping: &ObjectMapping, others: &[ObjectMapping]) -> RangeSet {
+    let same = others.iter().filter(|other| other.is_aligned_with(mapping));
+    let mut pages: Vec<_> = same.filter_map(|other| other.pages.intersect(mapping.pages)).collect();
+    pages.sort_by_key(|range| range.start());
+    pages.into_iter().collect()
+}
+
+impl MapsError {
+    /// Whether the process has ended, so that there is nothing to know of it.
+    pub(crate) fn is_of_the_gone(&self) -> bool {
+        match self {
+            Self::Read { source, .. } => {
+                source.kind() == std::io::ErrorKind::NotFound
+                    || source.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
+            }
+            Self::Line { .. } => false,
+        }
+    }
+}
