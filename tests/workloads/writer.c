@@ -1,13 +1,15 @@
 /*
- * writer MEBIBYTES PROCESSES PATTERN HOT FILL [COUNT]: a benchmark's workload. It fills memory, changes it at a rate that it is
+ * writer MEBIBYTES PROCESSES PATTERN HOT FILL KIND [COUNT]: a benchmark's workload. It fills memory, changes it at a rate that it is
  * told, answers a probe on TCP port 6379, and verifies all of it when asked.
  *
- * MEBIBYTES: private anonymous memory in all, divided among PROCESSES.
+ * MEBIBYTES: memory in all, divided among PROCESSES.
  * PATTERN:   hot    each write goes to a random page of the hot set, the first HOT per mille of the memory
  *            shift  the same, but the hot set moves on by its own size each time it was written four times over
  * FILL:      random what a write leaves fills the page and does not compress
  *            sparse what it leaves is 32 bytes, the rest of the page is zeros
  *            byte   a page is filled as by random, but a write changes only 16 bytes of it
+ * KIND:      private anonymous, each process its own; shared: anonymous, of all processes; memfd: the same, and its
+ *            descriptor stays open
  *
  * What a page holds is a function of its number and of how often it was written, and that count is kept apart. Which
  * page the N-th write of a process goes to is a function of N: `schedule.rs` computes the same, and both must be
@@ -37,9 +39,11 @@
 enum { PAGE = 4096, WORDS = PAGE / 8, MOST_PROCESSES = 256, CLIENTS = 64, LINE = 128, PORT = 6379, TURNS = 4 };
 enum pattern { HOT, SHIFT };
 enum fill { RANDOM, SPARSE, BYTE };
+enum kind { PRIVATE, SHARED, MEMFD };
 
 static enum pattern pattern;
 static enum fill fill;
+static char *shared; /* the memory of all processes, if it is */
 static uint64_t pages, hot; /* of one process */
 static uint32_t processes;
 static char *memory;
@@ -148,12 +152,26 @@ static void *work(void *given) {
 }
 
 static void start(uint32_t process) {
-	memory = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	memory = shared ? shared + process * pages * PAGE
+	                : mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	times = mmap(NULL, pages * sizeof *times, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (memory == MAP_FAILED || times == MAP_FAILED) die("mmap");
 	for (uint64_t p = 0; p < pages; p++) write_page(process, p, times[p] = 1);
 	pthread_t thread;
 	if ((errno = pthread_create(&thread, NULL, work, (void *)(uintptr_t)process))) die("pthread_create");
+}
+
+static void make_shared(enum kind kind) {
+	size_t size = pages * processes * PAGE;
+	int fd = -1, flags = MAP_SHARED | MAP_ANONYMOUS;
+	if (kind == PRIVATE) return;
+	if (kind == MEMFD) {
+		fd = memfd_create("writer", MFD_CLOEXEC);
+		if (fd < 0 || ftruncate(fd, (off_t)size)) die("memfd");
+		flags = MAP_SHARED;
+	}
+	shared = mmap(NULL, size, PROT_READ | PROT_WRITE, flags, fd, 0);
+	if (shared == MAP_FAILED) die("mmap");
 }
 
 /* Lets every process take note of what was asked, and gives the sum of the bad pages. */
@@ -249,21 +267,23 @@ static void on_term(int signal) {
 
 int main(int argc, char **argv) {
 	static const char *const patterns[] = { "hot", "shift", NULL }, *const fills[] = { "random", "sparse", "byte", NULL };
-	int is_good = argc == 6 || argc == 7;
+	static const char *const kinds[] = { "private", "shared", "memfd", NULL };
+	int is_good = argc == 7 || argc == 8;
 	uint64_t mebibytes = is_good ? strtoull(argv[1], NULL, 10) : 0, permille = is_good ? strtoull(argv[4], NULL, 10) : 0;
 	processes = is_good ? (uint32_t)atoi(argv[2]) : 0;
 	int chosen = is_good ? choice(argv[3], patterns) : -1, filled = is_good ? choice(argv[5], fills) : -1;
+	int kind = is_good ? choice(argv[6], kinds) : -1;
 	is_good = mebibytes && processes >= 1 && processes <= MOST_PROCESSES && permille >= 1 && permille <= 1000;
-	if (!is_good || chosen < 0 || filled < 0) {
-		fprintf(stderr, "usage: writer MEBIBYTES PROCESSES hot|shift HOT random|sparse|byte [COUNT]\n");
+	if (!is_good || chosen < 0 || filled < 0 || kind < 0) {
+		fprintf(stderr, "usage: writer MEBIBYTES PROCESSES hot|shift HOT random|sparse|byte private|shared|memfd [COUNT]\n");
 		return 2;
 	}
 	pattern = (enum pattern)chosen;
 	fill = (enum fill)filled;
 	pages = (mebibytes << 8) / processes;
 	hot = pages * permille / 1000 ? pages * permille / 1000 : 1;
-	if (argc == 7) {
-		for (uint64_t number = 0; number < strtoull(argv[6], NULL, 10); number++) printf("%lu\n", page_of(1, number));
+	if (argc == 8) {
+		for (uint64_t number = 0; number < strtoull(argv[7], NULL, 10); number++) printf("%lu\n", page_of(1, number));
 		return 0;
 	}
 	signal(SIGTERM, on_term);
@@ -271,6 +291,7 @@ int main(int argc, char **argv) {
 
 	board = mmap(NULL, sizeof *board, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	if (board == MAP_FAILED) die("mmap");
+	make_shared((enum kind)kind);
 	for (uint32_t p = 1; p < processes; p++) {
 		pid_t child = fork();
 		if (child < 0) die("fork");

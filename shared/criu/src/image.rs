@@ -27,7 +27,7 @@ pub enum ImageKind {
     Pagemap,
     /// `files.img`.
     Files,
-    /// `memfd-inode.img`.
+    /// `memfd.img`.
     MemfdInode,
     /// Not CRIU's but ours: [`crate::shared`].
     Shared,

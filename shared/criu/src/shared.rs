@@ -21,7 +21,7 @@ use crate::wire;
 /// Ours, among CRIU's images.
 const FILE: &str = "haul-shared.img";
 const FILES: &str = "files.img";
-const MEMFDS: &str = "memfd-inode.img";
+const MEMFDS: &str = "memfd.img";
 /// `O_RDWR` of `open(2)`.
 const READ_WRITE: u32 = 2;
 /// `VMA_AREA_REGULAR` and `VMA_FILE_SHARED` of `criu/include/image.h`.
@@ -309,4 +309,109 @@ fn add_mappings(
     image.append_bytes(&joined)?;
     image.finish()?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// More of `mm_entry` than we look at.
+    #[derive(Clone, PartialEq, prost::Message)]
+    struct AnyMm {
+        #[prost(uint64, required, tag = "1")]
+        start_code: u64,
+        #[prost(message, repeated, tag = "14")]
+        mappings: Vec<VmaEntry>,
+        #[prost(int32, optional, tag = "15")]
+        dumpable: Option<i32>,
+    }
+
+    fn theirs(start: u64, end: u64) -> VmaEntry {
+        VmaEntry { start, end, flags: 0x22, status: 1 << 9 | 1, fd: -1, ..VmaEntry::default() }
+    }
+
+    fn ours(start: u64, end: u64) -> SharedMapping {
+        SharedMapping { start, end, offset: 0x3000, object: 77, prot: 3, flags: 1, madv: None }
+    }
+
+    /// Images of process 1, and links to them.
+    fn images() -> (tempfile::TempDir, std::path::PathBuf, std::path::PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let (received, out) = (dir.path().join("received"), dir.path().join("out"));
+        let image = |name: &str, kind| ImageWriter::create(&received.join(name), kind).unwrap();
+        fs::create_dir(&received).unwrap();
+        fs::create_dir(&out).unwrap();
+        let mappings = vec![theirs(0x1000, 0x2000), theirs(0x9000, 0xa000)];
+        let mut mm = image("mm-1.img", ImageKind::Mm);
+        mm.append(&AnyMm { start_code: 5, mappings, dumpable: Some(1) }).unwrap();
+        mm.finish().unwrap();
+        let mut files = image(FILES, ImageKind::Files);
+        files.append(&FileEntry { kind: 4, id: 41, regular: None }).unwrap();
+        files.finish().unwrap();
+        for name in ["mm-1.img", FILES] {
+            fs::hard_link(received.join(name), out.join(name)).unwrap();
+        }
+        (dir, received, out)
+    }
+
+    fn left_out(mappings: Vec<SharedMapping>) -> LeftOut {
+        let objects = vec![SharedObject { id: 76, size: 0x1000 }, SharedObject { id: 77, size: 0x10_0000 }];
+        LeftOut { objects, processes: vec![SharedProcess { pid: 1, mappings }] }
+    }
+
+    #[test]
+    fn mappings_join_in_order_and_all_else_stays() {
+        let (_dir, received, out) = images();
+        let before = fs::read(received.join("mm-1.img")).unwrap();
+        let left_out = left_out(vec![ours(0x4000, 0x6000), ours(0xa000, 0xb000)]);
+        add(&left_out, &received, &out, &[1]).unwrap();
+        assert_eq!(fs::read(received.join("mm-1.img")).unwrap(), before);
+        let mm: AnyMm =
+            ImageReader::open(&mm::path(&out, 1), ImageKind::Mm).unwrap().read().unwrap().unwrap();
+        assert_eq!((mm.start_code, mm.dumpable), (5, Some(1)));
+        let starts: Vec<_> = mm.mappings.iter().map(|mapping| mapping.start).collect();
+        assert_eq!(starts, [0x1000, 0x4000, 0x9000, 0xa000]);
+        // The files' ids follow the last one; the second object is this one.
+        assert_eq!(
+            (mm.mappings[1].file, mm.mappings[1].offset, mm.mappings[1].status),
+            (43, 0x3000, SHARED_FILE)
+        );
+        assert!(!mm::read(&out, 1).unwrap()[1].is_private());
+        let mut files = ImageReader::open(&out.join(FILES), ImageKind::Files).unwrap();
+        let mut entries = Vec::new();
+        while let Some(entry) = files.read::<FileEntry>().unwrap() {
+            entries.push((entry.id, entry.regular.map(|regular| regular.name)));
+        }
+        assert_eq!(entries, [(41, None), (42, Some(LeftOut::key(0))), (43, Some(LeftOut::key(1)))]);
+    }
+
+    #[test]
+    fn what_contradicts_criu_s_images_is_refused() {
+        let (_dir, received, out) = images();
+        let overlap = add(&left_out(vec![ours(0x1000, 0x3000)]), &received, &out, &[1]).unwrap_err();
+        assert!(matches!(overlap, MergeError::Overlap { pid: 1, .. }), "{overlap}");
+        let (_dir, received, out) = images();
+        let stranger = add(&left_out(vec![]), &received, &out, &[2]).unwrap_err();
+        assert!(matches!(stranger, MergeError::NoProcess(1)), "{stranger}");
+        let (_dir, received, out) = images();
+        let nameless = SharedMapping { object: 78, ..ours(0x4000, 0x5000) };
+        let nameless = add(&left_out(vec![nameless]), &received, &out, &[1]).unwrap_err();
+        assert!(matches!(nameless, MergeError::Shared { object: 78 }), "{nameless}");
+        let (_dir, received, out) = images();
+        let mut memfds = ImageWriter::create(&received.join(MEMFDS), ImageKind::MemfdInode).unwrap();
+        memfds.append(&MemfdInode { inode: 76 }).unwrap();
+        memfds.finish().unwrap();
+        let known = add(&left_out(vec![]), &received, &out, &[1]).unwrap_err();
+        assert!(matches!(known, MergeError::Shared { object: 76 }), "{known}");
+    }
+
+    #[test]
+    fn what_was_left_out_is_read_as_it_was_written() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(LeftOut::read(dir.path()).unwrap(), LeftOut::default());
+        let left_out = left_out(vec![SharedMapping { madv: Some(1 << 14), ..ours(0x4000, 0x6000) }]);
+        left_out.write(dir.path()).unwrap();
+        assert_eq!(LeftOut::read(dir.path()).unwrap(), left_out);
+        assert!(left_out.write(dir.path()).is_err());
+    }
 }

@@ -135,6 +135,9 @@ VmFlags: rd sh mr mw me ms sd
             let start = range.start;
             assert_eq!(without(SMAPS, &[range]), Err(SmapsError::Missing(start)));
         }
-        assert!(matches!(without(SMAPS, &[0x7f00_0000_4000..0x7f00_0000_6000]), Err(SmapsError::Line(_))));
+        assert!(matches!(
+            without(SMAPS, std::slice::from_ref(&(0x7f00_0000_4000..0x7f00_0000_6000))),
+            Err(SmapsError::Line(_))
+        ));
     }
 }

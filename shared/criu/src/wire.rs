@@ -92,7 +92,8 @@ mod tests {
             let outer = Outer { plain, four, inner: inner.clone(), eight };
             let bytes = outer.encode_to_vec();
             let fields = fields(&bytes).unwrap();
-            prop_assert_eq!(fields.iter().flat_map(|field| field.whole.to_vec()).collect::<Vec<_>>(), bytes);
+            let joined: Vec<u8> = fields.iter().flat_map(|field| field.whole.to_vec()).collect();
+            prop_assert_eq!(&joined, &bytes);
             let mut again = Vec::new();
             for field in fields.iter().filter(|field| field.number == 14) {
                 append(&mut again, 14, field.content);

@@ -4,7 +4,8 @@
 //! - what some page table says, of mappings that have been registered since the last round;
 //! - all that a mapping shows which is new, or has been: whatever was done through it went unseen;
 //! - pages that held nothing the last time;
-//! - everything, if some process may have been born and have died in between ([`crate::births`]).
+//! - everything, if some process may have been born and have died in between, or the kernel may have taken pages out of
+//!   page tables ([`crate::births`]).
 //!
 //! What remains unseen: a write through a second mapping that a process makes of the same memory (`mremap` with an old
 //! size of 0) and gives up again between two rounds; and a write to a page that the process itself takes out of its page
@@ -18,7 +19,7 @@ use crate::births::Births;
 use crate::maps::{Maps, MapsError};
 use crate::object::{self, ObjectId, ObjectMapping};
 use crate::process::{Process, Vpid};
-use crate::range::RangeSet;
+use crate::range::{PageRange, RangeSet};
 use crate::track::{
     Collected, DirtyTracker, FinalScan, Forgotten, SharedScan, SharedWrites, TrackError, Tracking,
 };
@@ -104,9 +105,10 @@ impl SharedMemory {
         for (id, mappings) in objects {
             let Some(process) = self.stand_in(id, &mappings) else { continue };
             let Some(known) = self.objects.get_mut(&id) else { continue };
-            let extents = match object::extents(&known.file) {
-                Ok(extents) => extents,
-                Err(_) => continue,
+            let Ok(extents) = object::extents(&known.file) else {
+                // What the page tables said is forgotten with this: everything counts as written the next time.
+                (known.extents, known.mappings) = (RangeSet::new(), Vec::new());
+                continue;
             };
             let writes = writes(&known.mappings, &mappings, &scans);
             let mut dirty = match unsure {
@@ -215,7 +217,7 @@ fn scans(
 
 /// Puts together what is said about the mappings of one object, which were `before` at the last round and are `now`.
 fn writes(before: &[ObjectMapping], now: &[ObjectMapping], scans: &BTreeMap<Vpid, SharedWrites>) -> Writes {
-    let mut writes = Writes::default();
+    let (mut writes, mut dirty) = (Writes::default(), Vec::new());
     // Of processes with the memory of another one, that one tells all.
     let speaks =
         |mapping: &&ObjectMapping| !matches!(scans.get(&mapping.process.vpid), Some(SharedWrites::Elsewhere));
@@ -229,23 +231,28 @@ fn writes(before: &[ObjectMapping], now: &[ObjectMapping], scans: &BTreeMap<Vpid
         };
         let sure = common(mapping, before).intersect(registered);
         let seen = written.intersect(&sure).union(&pages.subtract(&sure));
-        writes.dirty = writes.dirty.union(&mapping.of_object(&seen));
+        dirty.extend(mapping.of_object(&seen).iter());
         writes.direct_io |= direct_io;
         writes.followed.push(*mapping);
     }
     for mapping in before.iter().filter(speaks) {
         let gone = RangeSet::from_iter([mapping.pages]).subtract(&common(mapping, now));
-        writes.dirty = writes.dirty.union(&mapping.of_object(&gone));
+        dirty.extend(mapping.of_object(&gone).iter());
     }
+    writes.dirty = in_order(dirty);
     writes
 }
 
 /// The pages of a mapping that are at the same place in one of `others`.
 fn common(mapping: &ObjectMapping, others: &[ObjectMapping]) -> RangeSet {
     let same = others.iter().filter(|other| other.is_aligned_with(mapping));
-    let mut pages: Vec<_> = same.filter_map(|other| other.pages.intersect(mapping.pages)).collect();
-    pages.sort_by_key(|range| range.start());
-    pages.into_iter().collect()
+    in_order(same.filter_map(|other| other.pages.intersect(mapping.pages)).collect())
+}
+
+/// All pages of many runs. Adding them in order takes the least time.
+fn in_order(mut runs: Vec<PageRange>) -> RangeSet {
+    runs.sort_unstable_by_key(|run| run.start());
+    runs.into_iter().collect()
 }
 
 impl MapsError {

@@ -399,6 +399,34 @@ fn shared_memory_that_processes_fork_into_map_elsewhere_and_give_up() {
 }
 
 #[test]
+fn mappings_of_shared_memory_that_come_and_go_where_no_process_does() {
+    // So that nothing but what page tables say decides what is sent.
+    for policy in [TransferPolicy::All, TransferPolicy::Adaptive] {
+        let mut target = Target::start_apart();
+        target.tell("shared 0 700; write 0 0 400; shared 1 50; write 1 0 50; fork; fork");
+        let mut moving = Move::begin(target, Box::new(WriteProtect::new().unwrap()), policy);
+        moving.round();
+        for _ in 0..3 {
+            moving.target.signal_children();
+            moving.tell(
+                "write 0 30 20; zero 0 60 5; unmap 0 300 9; readonly 0 200 10; double 0 2; write 2 350 30",
+            );
+            moving.round();
+            moving.tell("write 2 360 3; unmap 2 0 700; punch 0 12 3; write 1 3 3");
+            moving.round();
+            moving.tell("write 0 100 1; resize 1 60; shared 3 20; write 3 2 7");
+            moving.round();
+            moving.tell("write 0 13 1; unmap 3 0 20; write 0 399 1; resize 1 50; write 1 4 1");
+        }
+        moving.target.signal_children();
+        moving.tell("double 0 2; write 2 380 2; onto 1 2; write 2 9 1");
+        let last = moving.finish();
+        // The first process has given up most of it, so most was looked at again, and some is certainly not sent.
+        assert!(last.data_pages > 0, "{last:?}");
+    }
+}
+
+#[test]
 fn shared_memory_written_to_in_the_last_moment_by_one_that_is_gone() {
     for _ in 0..3 {
         let mut target = Target::start_apart();

@@ -80,6 +80,30 @@ impl Fill {
     }
 }
 
+/// What memory the synthetic writer writes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// Private anonymous memory.
+    Private,
+    /// Anonymous memory that all its processes share.
+    Shared,
+    /// The same in a memfd whose descriptor stays open.
+    Memfd,
+}
+
+impl Kind {
+    /// The word on the writer's command line.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Private => "private",
+            Self::Shared => "shared",
+            Self::Memfd => "memfd",
+        }
+    }
+}
+
 /// How fast the synthetic writer writes.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -95,7 +119,7 @@ pub enum Rate {
 /// The synthetic writer (`workloads/writer.c`).
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Writer {
-    /// Private memory, over all processes.
+    /// Memory, over all processes.
     pub mebibytes: u64,
     /// Processes.
     pub processes: u32,
@@ -105,6 +129,8 @@ pub struct Writer {
     pub hot_permille: u64,
     /// What it writes.
     pub fill: Fill,
+    /// Where.
+    pub kind: Kind,
     /// How fast.
     pub rate: Rate,
 }

@@ -1,7 +1,7 @@
 //! The cells, the most important first: what does not fit into the budget of time is what comes last.
 
 use crate::bench::cell::{
-    Cell, Contender, Engine, Fill, Link, Pattern, Rate, Redis, RedisLoad, Workload, Writer,
+    Cell, Contender, Engine, Fill, Kind, Link, Pattern, Rate, Redis, RedisLoad, Workload, Writer,
 };
 use std::time::Duration;
 
@@ -48,6 +48,7 @@ const IDLE: Writer = Writer {
     pattern: Pattern::Hot,
     hot_permille: 1000,
     fill: Fill::Random,
+    kind: Kind::Private,
     rate: Rate::Idle,
 };
 
@@ -126,9 +127,16 @@ pub fn full() -> Plan {
             60,
             &alone,
         ),
+        // The same memory as it is carried before the freeze, and as CRIU carries it within.
+        cell("shared-1g", TEN_GIGABIT, shared(Kind::Shared), 90, &[(HAUL, 5), (Engine::Runc, 2)]),
+        cell("memfd-1g", TEN_GIGABIT, shared(Kind::Memfd), 90, &[(HAUL, 3)]),
         idle("slow-64", Link::Mbit(100), 64, 90, &[(HAUL, 3), (Engine::Runc, 3)]),
     ];
     Plan { name: "full", budget: Duration::from_secs(37 * 60), cells }
+}
+
+fn shared(kind: Kind) -> Workload {
+    Workload::Writer(Writer { mebibytes: 1024, processes: 4, kind, ..IDLE })
 }
 
 fn shift(writer: &mut Writer) {

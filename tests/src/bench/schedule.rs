@@ -46,7 +46,7 @@ fn mix(number: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::cell::{Fill, Rate};
+    use crate::bench::cell::{Fill, Kind, Rate};
     use crate::bench::writer;
     use crate::process::finish;
 
@@ -69,6 +69,7 @@ mod tests {
                 pattern,
                 hot_permille: 100,
                 fill: Fill::Random,
+                kind: Kind::Private,
                 rate: Rate::Idle,
             };
             let schedule = Schedule::new(&writer, 1);

@@ -15,7 +15,7 @@ const COMMAND: Duration = Duration::from_secs(120);
 /// Its command line.
 #[must_use]
 pub fn command_line(writer: &Writer) -> Vec<String> {
-    let Writer { mebibytes, processes, pattern, hot_permille, fill, .. } = writer;
+    let Writer { mebibytes, processes, pattern, hot_permille, fill, kind, .. } = writer;
     [
         "writer".to_owned(),
         mebibytes.to_string(),
@@ -23,6 +23,7 @@ pub fn command_line(writer: &Writer) -> Vec<String> {
         pattern.word().to_owned(),
         hot_permille.to_string(),
         fill.word().to_owned(),
+        kind.word().to_owned(),
     ]
     .into()
 }

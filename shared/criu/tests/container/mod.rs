@@ -16,6 +16,7 @@ use haulage_criu::image::PAGE_SIZE;
 use haulage_criu::mask::{DEFAULT_PARENT, PagemapMask};
 use haulage_criu::merge::PageSource;
 use haulage_criu::pagemap::PageRun;
+use haulage_criu::shared::LeftOut;
 use haulage_criu::swrk::Criu;
 use serde_json::{Value, json};
 
@@ -32,10 +33,19 @@ pub(crate) struct Container {
 impl Container {
     /// Starts the container and waits until its program works. `name` keeps tests apart: hexadecimal, as Docker's ids.
     pub(crate) fn start(name: &str) -> Self {
+        Self::start_program(name, None)
+    }
+
+    /// As [`Self::start`], with a program in C instead.
+    pub(crate) fn start_c(name: &str, source: &str) -> Self {
+        Self::start_program(name, Some(source))
+    }
+
+    fn start_program(name: &str, source: Option<&str>) -> Self {
         let owned = tempfile::Builder::new().prefix("haul-criu-").tempdir().unwrap();
         let mut container = Self::attach(owned.path(), &format!("{name}{:x}", std::process::id()));
         container.owned = Some(owned);
-        container.make_bundle();
+        container.make_bundle(source);
         for made in ["images", "work", "complete"] {
             fs::create_dir(container.dir.join(made)).unwrap();
         }
@@ -50,7 +60,7 @@ impl Container {
         Self { cgroup: format!("/haul-criu-test-{id}"), id: id.to_owned(), dir: dir.to_owned(), owned: None }
     }
 
-    fn make_bundle(&self) {
+    fn make_bundle(&self, source: Option<&str>) {
         let rootfs = self.rootfs();
         for made in ["proc", "dev", "sys", "usr", "tmp", "shared"] {
             fs::create_dir_all(rootfs.join(made)).unwrap();
@@ -58,7 +68,10 @@ impl Container {
         for link in ["bin", "lib", "lib64", "sbin"] {
             std::os::unix::fs::symlink(format!("usr/{link}"), rootfs.join(link)).unwrap();
         }
-        fs::copy(std::env::current_exe().unwrap(), rootfs.join("program")).unwrap();
+        match source {
+            Some(source) => compile(source, &rootfs.join("program")),
+            None => drop(fs::copy(std::env::current_exe().unwrap(), rootfs.join("program")).unwrap()),
+        }
         // What Docker's network hook does: CRIU restores sockets into a namespace that the engine set up.
         let hook = self.dir.join("network-hook");
         let script = "#!/bin/sh\npid=$(sed 's/.*\"pid\":\\([0-9]*\\).*/\\1/')\nexec nsenter -t $pid -n ip link set lo up\n";
@@ -120,6 +133,14 @@ impl Container {
         self.dir.join("complete")
     }
 
+    /// The container's processes, in our pid namespace, the first one first.
+    pub(crate) fn pids(&self) -> Vec<i32> {
+        let procs = fs::read_to_string(self.freezer().0.join("cgroup.procs")).unwrap();
+        let mut pids: Vec<i32> = procs.lines().map(|line| line.parse().unwrap()).collect();
+        pids.sort_by_key(|pid| vpid(*pid));
+        pids
+    }
+
     fn log(&self) -> String {
         let read = |name: &str| fs::read_to_string(self.dir.join(name)).unwrap_or_default();
         format!("{}\n{}", read("runc.log"), read("work/restore.log") + &read("work/dump.log"))
@@ -127,7 +148,10 @@ impl Container {
 
     /// `runc ARGS [--bundle B] ID`.
     fn runc(&self, args: &[&str], bundle: bool) -> bool {
-        let mut cmd = Command::new("runc");
+        self.runc_with(args, bundle, Command::new("runc"))
+    }
+
+    fn runc_with(&self, args: &[&str], bundle: bool, mut cmd: Command) -> bool {
         cmd.args(["--root", &self.runc_root().to_string_lossy()]);
         cmd.args(["--log", &self.dir.join("runc.log").to_string_lossy()]).args(args);
         if bundle {
@@ -215,11 +239,40 @@ impl Container {
     }
 
     pub(crate) fn restore(&self, images: &Path) {
+        self.restore_by(images, Command::new("runc"));
+    }
+
+    /// As [`Self::restore`], by a CRIU that inherits descriptors of this process, each under its key.
+    pub(crate) fn restore_inheriting(&self, images: &Path, inherited: &[i32]) {
+        let bin = self.dir.join("bin");
+        fs::create_dir_all(&bin).unwrap();
+        let (mut script, mut options) = ("#!/bin/bash\n".to_owned(), String::new());
+        for (index, descriptor) in inherited.iter().enumerate() {
+            // Beyond those of runc's own.
+            let number = 200 + index;
+            script += &format!("exec {number}<>/proc/{}/fd/{descriptor}\n", std::process::id());
+            options += &format!("inherit-fd fd[{number}]:{}\n", LeftOut::key(index));
+        }
+        let config = self.dir.join("criu.conf");
+        fs::write(&config, options).unwrap();
+        let criu = Criu::find().unwrap();
+        script +=
+            &format!("CRIU_CONFIG_FILE={} exec {} \"$@\"\n", config.display(), criu.program().display());
+        let wrapper = bin.join("criu");
+        fs::write(&wrapper, script).unwrap();
+        fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755)).unwrap();
+        let mut runc = Command::new("runc");
+        let path = std::env::var("PATH").unwrap_or_default();
+        runc.env("PATH", format!("{}:{path}", bin.display()));
+        self.restore_by(images, runc);
+    }
+
+    fn restore_by(&self, images: &Path, runc: Command) {
         let (images, work) = (images.to_string_lossy(), self.work());
         let work = work.to_string_lossy();
         let args =
             ["restore", "--detach", "--tcp-established", "--image-path", &images, "--work-path", &work];
-        assert!(self.runc(&args, true), "runc cannot restore: {}", self.log());
+        assert!(self.runc_with(&args, true, runc), "runc cannot restore: {}", self.log());
     }
 }
 
@@ -238,8 +291,23 @@ impl Drop for Container {
     }
 }
 
+/// A program of its own, without any library.
+fn compile(source: &str, to: &Path) {
+    let from = to.with_extension("c");
+    fs::write(&from, source).unwrap();
+    let compiled = Command::new("cc").args(["-static", "-O1", "-o"]).arg(to).arg(&from).status();
+    assert!(compiled.expect("a C compiler is needed").success());
+}
+
+/// The id of a process in its own pid namespace.
+pub(crate) fn vpid(pid: i32) -> u32 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:")).unwrap();
+    numbers.split_whitespace().last().unwrap().parse().unwrap()
+}
+
 /// The private anonymous mappings of a process.
-fn tracked(pid: i32) -> Vec<Range<u64>> {
+pub(crate) fn tracked(pid: i32) -> Vec<Range<u64>> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
     let mut ranges = Vec::new();
     for line in maps.lines() {
@@ -262,7 +330,7 @@ pub(crate) struct Stored {
 }
 
 impl Stored {
-    fn read(pid: i32, ranges: &[Range<u64>]) -> Self {
+    pub(crate) fn read(pid: i32, ranges: &[Range<u64>]) -> Self {
         let pagemap = fs::File::open(format!("/proc/{pid}/pagemap")).unwrap();
         let memory = fs::File::open(format!("/proc/{pid}/mem")).unwrap();
         let mut stored = Self { runs: Vec::new().into_iter(), content: Default::default() };
