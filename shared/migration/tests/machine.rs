@@ -619,7 +619,8 @@ fn a_trace_shows_who_did_what_and_the_parts_of_the_freeze() {
     let rows = traced::read(&record, Micros(u64::MAX));
     let row = |group: &str, name: &str| &rows[&(group.to_owned(), name.to_owned())];
     let names = row("target b", "restorer").iter().map(|(_, _, name)| name.as_str());
-    let of_the_restorer = ["check target", "create", "prepare target", "restore", "verify", "adopt"];
+    let of_the_restorer =
+        ["check target", "create", "prepare target", "take packets", "restore", "verify", "adopt"];
     assert!(names.eq(of_the_restorer), "{rows:?}");
     let sends = row("source a", "page-shipper").iter().filter(|(_, _, name)| name == "send");
     let sends: Vec<u64> = sends.map(|(_, lasted, _)| *lasted).collect();
