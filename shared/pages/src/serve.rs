@@ -8,6 +8,10 @@
 //!   nothing is missing               ──▶ drop: the process owns its memory like any other
 //! ```
 //!
+//! The store gives back what it has of 2 MiB of memory once that is in place, so that a container takes little more room
+//! while it is filled than afterwards. A copy whose server dies is lost anyway, and its source goes on. Only memory that
+//! has moved, or that children may miss too, stays in the store to the end.
+//!
 //! A page that the store does not have, or has as zeros, is one of zeros; those are never filled in advance, since
 //! that is what the kernel gives for them once the server has let go.
 
@@ -21,7 +25,7 @@ use haulage_sys::lazy::{Event, FileSource, Filled, MissingMemory};
 use crate::absent::{Absent, Missing};
 use crate::process::Vpid;
 use crate::range::{PageNo, PageRange, RangeSet};
-use crate::sealed::SealedStore;
+use crate::sealed::{SealedStore, Spare};
 use crate::store::StoreError;
 
 /// Pages that are put in place around one that was touched (64 KiB): large copies are 8 times as fast as single ones.
@@ -60,6 +64,17 @@ struct Space {
     absent: Absent,
     /// Pages that threads wait for and that could not be put in place yet.
     waiting: Vec<PageNo>,
+    /// What is missing may be elsewhere than where it was dumped.
+    moved: bool,
+}
+
+/// What is filled in the background, one after the other.
+#[derive(Debug)]
+struct Planned {
+    id: SpaceId,
+    whole: PageRange,
+    /// All that is stored of it is ours to put in place.
+    ours: bool,
 }
 
 /// What was done so far.
@@ -78,9 +93,10 @@ pub struct Served {
 pub struct PageServer {
     store: SealedStore,
     source: FileSource,
+    spare: Spare,
     spaces: BTreeMap<SpaceId, Space>,
     /// What is filled next, last first.
-    plan: Vec<(SpaceId, PageRange)>,
+    plan: Vec<Planned>,
     last_id: u64,
     served: Served,
 }
@@ -89,11 +105,11 @@ impl PageServer {
     /// Serves from `store`.
     ///
     /// # Errors
-    /// When its pages cannot be mapped.
+    /// When its pages cannot be mapped, or not written to.
     pub fn new(store: SealedStore) -> Result<Self, StoreError> {
-        let source = store.map()?;
+        let (source, spare) = (store.map()?, store.spare()?);
         let (spaces, plan) = (BTreeMap::new(), Vec::new());
-        Ok(Self { store, source, spaces, plan, last_id: 0, served: Served::default() })
+        Ok(Self { store, source, spare, spaces, plan, last_id: 0, served: Served::default() })
     }
 
     /// Takes on process `vpid`, which has nothing in place of what is stored of the mappings in `lazy`, and the rest.
@@ -118,8 +134,11 @@ impl PageServer {
         }
         data.intersect(lazy).iter().for_each(|run| absent.insert(run));
         chunks.sort_by_key(|chunk| chunk.latest);
-        self.plan.extend(chunks.iter().map(|chunk| (id, chunk.whole)));
-        self.spaces.insert(id, Space { vpid, memory, absent, waiting: Vec::new() });
+        self.plan.extend(chunks.into_iter().map(|chunk| {
+            let ours = chunk.data.into_iter().collect::<RangeSet>().subtract(lazy).is_empty();
+            Planned { id, whole: chunk.whole, ours }
+        }));
+        self.spaces.insert(id, Space { vpid, memory, absent, waiting: Vec::new(), moved: false });
         Ok(id)
     }
 
@@ -217,17 +236,25 @@ impl PageServer {
     /// # Errors
     /// See [`ServeError`].
     pub fn fill(&mut self) -> Result<Progress, ServeError> {
-        while let Some((id, range)) = self.plan.last().copied() {
-            match self.spaces.get(&id).and_then(|space| space.absent.next_in(range)) {
-                Some(run) => return self.fill_some(id, run),
-                None => self.plan.pop(),
-            };
+        while let Some(&Planned { id, whole, .. }) = self.plan.last() {
+            if let Some(run) = self.spaces.get(&id).and_then(|space| space.absent.next_in(whole)) {
+                return self.fill_some(id, run);
+            }
+            self.plan.pop().into_iter().for_each(|done| self.release(&done));
         }
         // What has moved since, and what children miss.
         let left = self.spaces.iter().find_map(|(id, space)| Some((*id, space.absent.next()?)));
         match left {
             Some((id, run)) => self.fill_some(id, run),
             None => Ok(Progress::Complete),
+        }
+    }
+
+    /// Nothing of a chunk is missing where it was. Unless it may be missing elsewhere, nobody needs it any more.
+    fn release(&self, done: &Planned) {
+        let Some(space) = self.spaces.get(&done.id).filter(|space| done.ours && !space.moved) else { return };
+        if self.spaces.values().filter(|other| other.vpid == space.vpid).count() == 1 {
+            self.store.release(&self.spare, space.vpid, done.whole.start());
         }
     }
 
@@ -292,9 +319,11 @@ impl Space {
                     memory,
                     absent: self.absent.clone(),
                     waiting: Vec::new(),
+                    moved: self.moved,
                 });
             }
             Event::Remap { from, to, len } => {
+                self.moved = true;
                 if let Some(range) = PageRange::of_addresses(from..from.saturating_add(len)) {
                     self.absent.relocate(range, PageNo::containing(to));
                 }
