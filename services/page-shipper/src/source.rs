@@ -39,7 +39,10 @@ pub(crate) async fn start(
     let (procs, policy) = (ask.cgroup_procs, transfer(ask.policy));
     let begun = tokio::task::spawn_blocking(move || {
         let options = SourceOptions { policy };
-        SourceEngine::begin(Path::new(&procs), options).map_err(fault(TRACKING))
+        let (mut engine, report) =
+            SourceEngine::begin(Path::new(&procs), options).map_err(fault(TRACKING))?;
+        engine.watch().map_err(fault(TRACKING))?;
+        Ok::<_, Fault>((engine, report))
     });
     let (engine, report) = begun.await.map_err(fault(code::INTERNAL))??;
     let mut sources = service.sources.lock().unwrap_or_else(PoisonError::into_inner);
