@@ -66,7 +66,8 @@ pub(crate) async fn start(
     let begun = tokio::task::spawn_blocking(move || {
         let watch = watched.migrate(&procs, id);
         let begun = SourceEngine::begin(Path::new(&procs), SourceOptions { policy });
-        begun.map(|(engine, report)| (watch, engine, report)).map_err(fault(TRACKING))
+        let begun = begun.and_then(|(mut engine, report)| engine.watch().map(|()| (watch, engine, report)));
+        begun.map_err(fault(TRACKING))
     });
     let (watch, engine, report) = begun.await.map_err(fault(code::INTERNAL))??;
     let mut sources = service.sources.lock().unwrap_or_else(PoisonError::into_inner);

@@ -21,6 +21,8 @@ use haulage_protocol::unit::{Bytes, Micros, Pages};
 
 /// 512 MiB on a link of 1 Gbit/s.
 const PAGES: u64 = 131_072;
+/// 128 MiB, as in the benchmark's cells.
+const CELL: u64 = 32_768;
 const RATE: f64 = 29_000.0;
 /// What a round costs beside its pages, and what the preparation of the target takes, in seconds.
 const ROUND: f64 = 0.006;
@@ -29,6 +31,8 @@ const PREPARE: f64 = 0.3;
 /// Which pages a container writes: to so many of them, at such a share of the link, in such a way.
 #[derive(Debug, Clone, Copy)]
 struct Writes {
+    /// Pages of the container.
+    pages: u64,
     hot: f64,
     load: f64,
     how: How,
@@ -59,7 +63,7 @@ struct World {
 
 impl World {
     fn new(writes: Writes) -> Self {
-        let all = PAGES as usize;
+        let all = writes.pages as usize;
         let (written, known) = (vec![false; all], vec![false; all]);
         Self { writes, random: 0x9e37_79b9_7f4a_7c15, cursor: 0.0, now: 0.0, written, known, sent: 0 }
     }
@@ -76,7 +80,7 @@ impl World {
     fn run(&mut self, seconds: f64) {
         let until = self.now + seconds;
         let each = 1.0 / (RATE * self.writes.load).max(1e-9);
-        let hot = self.writes.hot * PAGES as f64;
+        let (all, hot) = (self.writes.pages, self.writes.hot * self.writes.pages as f64);
         while self.now + each < until {
             self.now += each;
             self.cursor += 1.0;
@@ -87,7 +91,7 @@ impl World {
                 How::Shifting => (self.roll() + self.now.floor()) * hot,
             };
             // Spread over the memory, as real hot pages are.
-            let page = (page as u64).wrapping_mul(40_503) % PAGES;
+            let page = (page as u64).wrapping_mul(40_503) % all;
             self.written[page as usize] = true;
         }
         self.now = until;
@@ -146,15 +150,20 @@ impl Simulation {
     }
 
     fn round(&mut self, last: bool) {
+        let all = self.world.writes.pages;
+        let first = self.rounds.is_empty();
+        if first && self.policy.needs_history() {
+            self.look();
+        }
         let began = self.world.now;
         self.timeline.scanned(self.epoch + Duration::from_secs_f64(began));
-        let first = self.rounds.is_empty();
-        let written: Vec<u64> = (0..PAGES).filter(|page| self.world.written[*page as usize]).collect();
+        let written: Vec<u64> = (0..all).filter(|page| self.world.written[*page as usize]).collect();
         written.iter().for_each(|page| self.world.known[*page as usize] = false);
         self.world.written.fill(false);
         let written = set(written.into_iter());
-        let dirty = if first { set(0..PAGES) } else { written.clone() };
-        self.history.advance(&if first { RangeSet::new() } else { written });
+        let dirty = if first { set(0..all) } else { written.clone() };
+        let looked = self.policy.needs_history();
+        self.history.advance(&if first && !looked { RangeSet::new() } else { written });
         self.pending = self.pending.union(&dirty);
 
         let rate = forecast(&self.rounds, FIXED).rate.map(|rate| rate.0 as f64);
@@ -162,7 +171,7 @@ impl Simulation {
         let pace = Pace { rate, allowance, last, ..Pace::default() };
         let (mut waiting, mut current) = (Census::default(), Census::default());
         self.history.tally(&self.pending, &mut waiting);
-        let known = set((0..PAGES).filter(|page| self.world.known[*page as usize]));
+        let known = set((0..all).filter(|page| self.world.known[*page as usize]));
         self.history.tally(&known, &mut current);
         let mut quota = adaptive::quota(&self.timeline, &waiting, &current, pace);
         let chosen = self.policy.select(&self.pending, &self.history, &mut quota).send;
@@ -189,6 +198,19 @@ impl Simulation {
             took: Micros(((self.world.now - began) * 1e6) as u64),
             encoding: Default::default(),
         });
+    }
+
+    /// As [`haulage_pages::source::SourceEngine::watch`] does before the first round.
+    fn look(&mut self) {
+        for look in 0..adaptive::LOOKS {
+            self.timeline.scanned(self.epoch + Duration::from_secs_f64(self.world.now));
+            let written: Vec<u64> =
+                (0..self.world.writes.pages).filter(|page| self.world.written[*page as usize]).collect();
+            self.world.written.fill(false);
+            // At the first look everything is new.
+            self.history.advance(&if look == 0 { RangeSet::new() } else { set(written.into_iter()) });
+            self.world.run(adaptive::LOOK.as_secs_f64());
+        }
     }
 
     fn run(mut self) -> Result {
@@ -219,7 +241,7 @@ impl Simulation {
         self.world.run(0.01);
         let left = self.world.left();
         Result {
-            sent: (self.world.sent + left) as f64 / PAGES as f64,
+            sent: (self.world.sent + left) as f64 / self.world.writes.pages as f64,
             freeze_ms: left as f64 / RATE * 1e3,
             seconds: self.world.now,
             rounds: self.rounds.len(),
@@ -229,7 +251,7 @@ impl Simulation {
 }
 
 fn simulate(policy: &str, writes: Writes) -> Result {
-    let result = Simulation::new(policy, writes).run();
+    let result = come_of(policy, writes);
     println!(
         "{:>8} hot {:>4.0}% load {:>3.1} {policy:<12} sent {:>5.2}  freeze {:>7.1} ms  {:>5.1} s  {:>3} rounds, {}",
         format!("{:?}", writes.how),
@@ -244,6 +266,88 @@ fn simulate(policy: &str, writes: Writes) -> Result {
     result
 }
 
+fn come_of(policy: &str, writes: Writes) -> Result {
+    Simulation::new(policy, writes).run()
+}
+
+/// The least downtime in milliseconds that any policy could reach which sends each page once, and knew all writes: the
+/// largest lack of the link over all ages of last writes.
+fn clairvoyant(writes: Writes) -> f64 {
+    let mut world = World::new(writes);
+    let (step, seconds) = (0.001, 4.0);
+    let mut last = vec![None; writes.pages as usize];
+    while world.now < seconds {
+        world.run(step);
+        for (page, written) in world.written.iter_mut().enumerate().filter(|(_, written)| **written) {
+            (last[page], *written) = (Some(world.now), false);
+        }
+    }
+    let mut ages: Vec<f64> = last.into_iter().flatten().map(|at| world.now - at).collect();
+    ages.sort_by(f64::total_cmp);
+    let lack = (1_u32..).zip(ages).map(|(pages, age)| f64::from(pages) / RATE - age);
+    lack.fold(0.0, f64::max) * 1e3
+}
+
+fn row(policy: &str, writes: Writes, phaul: &Result) {
+    let result = come_of(policy, writes);
+    let change = |ours: f64, theirs: f64| (ours / theirs - 1.0) * 100.0;
+    println!(
+        "| {:?} | {:.0} % | {:.1} | `{policy}` | {:.3} | {:+.1} % | {:.0} | {:+.0} | {} | {:.1} |",
+        writes.how,
+        writes.hot * 100.0,
+        writes.load,
+        result.sent,
+        change(result.sent, phaul.sent),
+        result.freeze_ms,
+        result.freeze_ms - phaul.freeze_ms,
+        result.rounds,
+        result.seconds,
+    );
+}
+
+const COLUMNS: &str = "| writes | hot | of link | policy | sent | against phaul | freeze ms | against phaul | rounds | s |\n\
+                       | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |";
+
+/// The sweep of the policies as Markdown, for `deploy/BENCHMARKS.md`:
+/// `cargo test --release -p haulage-migration --test simulation -- --ignored --nocapture sweep`.
+#[test]
+#[ignore = "tables of figures"]
+fn sweep_of_the_policies() {
+    println!("| cell | phaul sent | at best | phaul freeze ms | at best |\n| --- | --- | --- | --- | --- |");
+    for (hot, load) in [(0.05, 0.5), (0.2, 0.5), (0.05, 0.9), (0.2, 0.9)] {
+        let writes = Writes { pages: CELL, hot, load, how: How::Uniform };
+        let phaul = come_of("phaul", writes);
+        let most = (1.0 / phaul.sent - 1.0) * 100.0;
+        println!(
+            "| hot{:.0}-{load} | {:.3} | {most:+.1} % | {:.0} | {:.0} |",
+            hot * 100.0,
+            phaul.sent,
+            phaul.freeze_ms,
+            clairvoyant(writes)
+        );
+    }
+    println!("\n{COLUMNS}");
+    for how in [How::Uniform, How::Sweep, How::Skewed, How::Shifting] {
+        for hot in [0.05, 0.2] {
+            for load in [0.1, 0.5, 0.9, 1.5] {
+                let writes = Writes { pages: CELL, hot, load, how };
+                let phaul = come_of("phaul", writes);
+                for policy in ["phaul", "all", "history:4,2", "adaptive"] {
+                    row(policy, writes, &phaul);
+                }
+            }
+        }
+    }
+    println!("\n{COLUMNS}");
+    for (how, hot, load) in [(How::Uniform, 0.2, 0.5), (How::Uniform, 0.2, 0.9), (How::Shifting, 0.05, 0.5)] {
+        let writes = Writes { pages: CELL, hot, load, how };
+        let phaul = come_of("phaul", writes);
+        for (window, threshold) in [(2, 1), (2, 2), (4, 1), (4, 2), (4, 3), (8, 2), (8, 4), (8, 6)] {
+            row(&format!("history:{window},{threshold}"), writes, &phaul);
+        }
+    }
+}
+
 #[test]
 #[ignore = "a table of figures"]
 fn figures_of_all_policies() {
@@ -251,7 +355,7 @@ fn figures_of_all_policies() {
         for hot in [0.05, 0.2] {
             for load in [0.1, 0.5, 0.7, 0.9, 1.5] {
                 for policy in ["phaul", "all", "history:4,2", "adaptive"] {
-                    simulate(policy, Writes { hot, load, how });
+                    simulate(policy, Writes { pages: PAGES, hot, load, how });
                 }
             }
         }
@@ -263,7 +367,7 @@ fn figures_of_all_policies() {
 fn adaptive_sends_less_than_phaul_and_freezes_no_longer() {
     for how in [How::Uniform, How::Sweep] {
         for (hot, load) in [(0.05, 0.5), (0.05, 0.9), (0.2, 0.5), (0.2, 0.7), (0.2, 0.9)] {
-            let writes = Writes { hot, load, how };
+            let writes = Writes { pages: PAGES, hot, load, how };
             let (phaul, adaptive) = (simulate("phaul", writes), simulate("adaptive", writes));
             // One copy of everything is sent in any case: what counts is what comes on top.
             assert!(adaptive.sent - 1.0 < 0.95 * (phaul.sent - 1.0), "{writes:?}: {adaptive:?}, {phaul:?}");
@@ -275,7 +379,7 @@ fn adaptive_sends_less_than_phaul_and_freezes_no_longer() {
 #[test]
 fn an_idle_container_is_sent_once_by_every_policy() {
     for policy in ["phaul", "all", "history:4,2", "adaptive"] {
-        let idle = simulate(policy, Writes { hot: 0.01, load: 0.0, how: How::Uniform });
+        let idle = simulate(policy, Writes { pages: PAGES, hot: 0.01, load: 0.0, how: How::Uniform });
         assert!((idle.sent - 1.0).abs() < 1e-9 && idle.freeze_ms == 0.0, "{policy}: {idle:?}");
     }
     assert!(ASSUMED_RATE.0 as f64 <= RATE);

@@ -261,7 +261,8 @@ mod tests {
     fn an_idle_process_is_owed_nothing() {
         let (all, none, mut ledger) = (set(0..PAGES), RangeSet::new(), Ledger::default());
         ledger.observe(&found(&all, Forgotten::All, all.clone()), TransferPolicy::All, Instant::now());
-        let selection = ledger.select(TransferPolicy::All, &mut Quota { pages: Census::default() });
+        let selection =
+            ledger.select(TransferPolicy::All, &mut Quota { pages: Census::default(), last: false });
         ledger.settle(&selection.send, &none, Instant::now());
         assert!(ledger.owed(&all, &all).is_empty());
         assert_eq!(ledger.owed(&all, &none), all);

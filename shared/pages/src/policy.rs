@@ -10,7 +10,7 @@ use crate::range::RangeSet;
 pub enum TransferPolicy {
     /// Every dirty page in every round, as P.Haul does.
     All,
-    /// Withhold pages that are often written, since they would soon be written again.
+    /// Withhold pages that are often written, since they would soon be written again. Before the freeze they go.
     History {
         /// Rounds looked at, 1 to 8 (more counts as 8).
         window: u8,
@@ -39,6 +39,8 @@ pub struct Pace {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Quota {
     pub(crate) pages: Census,
+    /// As [`Pace::last`].
+    pub(crate) last: bool,
 }
 
 /// The pages of a round, divided.
@@ -55,6 +57,9 @@ impl TransferPolicy {
     /// [`Self::Adaptive`], and is used up by this; the other policies ask for none.
     pub fn select(self, dirty: &RangeSet, history: &History, quota: &mut Quota) -> Selection {
         let send = match self {
+            Self::History { .. } if quota.last => {
+                return Selection { send: dirty.clone(), withhold: RangeSet::new() };
+            }
             Self::All => return Selection { send: dirty.clone(), withhold: RangeSet::new() },
             Self::History { window, threshold } => {
                 history.select(dirty, |pattern| history::count(pattern, window) < threshold)
@@ -67,5 +72,22 @@ impl TransferPolicy {
     /// Whether it looks at the history, which then must be kept.
     pub fn needs_history(self) -> bool {
         self != Self::All
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::range::{PageNo, PageRange};
+
+    #[test]
+    fn what_history_withholds_goes_before_the_freeze() {
+        let pages: RangeSet = PageRange::with_count(PageNo(3), 5).into_iter().collect();
+        let mut history = History::default();
+        (0..2).for_each(|_| history.advance(&pages));
+        let policy = TransferPolicy::History { window: 4, threshold: 2 };
+        let quota = |last| Quota { pages: Census::default(), last };
+        assert_eq!(policy.select(&pages, &history, &mut quota(false)).withhold, pages);
+        assert_eq!(policy.select(&pages, &history, &mut quota(true)).send, pages);
     }
 }

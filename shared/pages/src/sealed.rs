@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use haulage_sys::PAGE_BYTES;
 use haulage_sys::lazy::FileSource;
+use rustix::fs::{FallocateFlags, fallocate};
 
 use crate::chunk::{CHUNK_PAGES, Chunk, Kept, Piece};
 use crate::index::Index;
@@ -36,6 +37,10 @@ pub(crate) struct FilledChunk {
     /// Its pages whose bytes are still to come.
     pub(crate) owed: Vec<PageRange>,
 }
+
+/// Gives the memory or disk of chunks back that nobody needs any more.
+#[derive(Debug)]
+pub(crate) struct Spare(File);
 
 /// Adjacent stored pages of one kind.
 enum Kind {
@@ -183,6 +188,26 @@ impl SealedStore {
     pub(crate) fn map(&self) -> Result<FileSource, StoreError> {
         let length = u64::from(self.index.slots) * SLOT_BYTES;
         FileSource::map(&self.data, length).map_err(|error| self.failed(error))
+    }
+
+    /// For [`Self::release`].
+    ///
+    /// # Errors
+    /// When the data file cannot be opened for writing.
+    pub(crate) fn spare(&self) -> Result<Spare, StoreError> {
+        let file = File::options().write(true).open(&self.path);
+        file.map(Spare).map_err(|error| self.failed(error))
+    }
+
+    /// Gives back what the chunk of process `vpid` that begins at `first` takes, and its bytes with it. That is not
+    /// possible on every file system, and then nothing happens.
+    pub(crate) fn release(&self, spare: &Spare, vpid: Vpid, first: PageNo) {
+        let number = first.0 / CHUNK_PAGES;
+        let chunk = self.index.processes.get(&vpid).and_then(|stored| stored.chunks.get(&number));
+        let Some(slot) = chunk.and_then(|chunk| chunk.slot) else { return };
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        // All that depends on it is how much memory is free.
+        let _ = fallocate(&spare.0, hole, offset(slot, 0), SLOT_BYTES);
     }
 
     /// The chunks of a process that hold more than zeros; `None` of a process that is not listed.
@@ -388,6 +413,27 @@ mod tests {
         assert!(matches!(store.zero(Vpid(1), ONE, all), Err(StoreError::Full(_))));
         store.admit(Vpid(2), ONE).unwrap();
         assert!(matches!(store.admit(Vpid(3), ONE), Err(StoreError::Full(_))));
+    }
+
+    #[test]
+    fn what_is_released_takes_no_room_and_its_neighbours_stay() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let mut store = PageStore::create(&dir.path().join("store"), StoreLimits::default()).unwrap();
+        // The end of one chunk and the beginning of the next.
+        let range = PageRange::with_count(PageNo(212), 310).unwrap();
+        let bytes: Vec<u8> = (0..310_u32).flat_map(|page| [(page % 250 + 1) as u8; PAGE_BYTES]).collect();
+        store.write(Vpid(1), ONE, range, &bytes).unwrap();
+        let (sealed, _objects) = store.seal().unwrap();
+        let sealed = SealedStore::open(&sealed).unwrap();
+        let taken = || sealed.data.metadata().unwrap().blocks() * 512;
+        let (spare, before) = (sealed.spare().unwrap(), taken());
+        sealed.release(&spare, Vpid(1), PageNo(0));
+        assert_eq!(before - taken(), 300 * PAGE_BYTES as u64);
+        let rest = PageRange::with_count(PageNo(512), 10).unwrap();
+        let mut found = vec![0; 10 * PAGE_BYTES];
+        sealed.read_into(Vpid(1), rest, &mut found).unwrap();
+        assert!(found == bytes[300 * PAGE_BYTES..]);
     }
 
     #[test]

@@ -11,6 +11,10 @@
 //!
 //! What the source still owes is asked for when it is touched ([`PageServer::take_asks`]), with its neighbours.
 //!
+//! The store gives back what it has of 2 MiB of memory once that is in place, so that a container takes little more room
+//! while it is filled than afterwards. A copy whose server dies is lost anyway, and its source goes on. Only memory that
+//! has moved, or that children may miss too, stays in the store to the end.
+//!
 //! A page that the store does not have, or has as zeros, is one of zeros; those are never filled in advance, since
 //! that is what the kernel gives for them once the server has let go.
 
@@ -26,7 +30,7 @@ use crate::frame::Batch;
 use crate::owed::Ask;
 use crate::process::Vpid;
 use crate::range::{PageNo, PageRange, RangeSet};
-use crate::sealed::SealedStore;
+use crate::sealed::{SealedStore, Spare};
 use crate::space::Space;
 use crate::store::StoreError;
 
@@ -59,6 +63,15 @@ pub enum ServeError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SpaceId(pub u64);
 
+/// What is filled in the background, one after the other.
+#[derive(Debug)]
+struct Planned {
+    id: SpaceId,
+    whole: PageRange,
+    /// All that is stored of it is ours to put in place, and nothing is still to come.
+    ours: bool,
+}
+
 /// What was done so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Served {
@@ -79,9 +92,10 @@ pub struct Served {
 pub struct PageServer {
     store: SealedStore,
     source: FileSource,
+    spare: Spare,
     spaces: BTreeMap<SpaceId, Space>,
     /// What is filled next, last first.
-    plan: Vec<(SpaceId, PageRange)>,
+    plan: Vec<Planned>,
     last_id: u64,
     served: Served,
     /// What was asked of the source, by where it was when it was dumped.
@@ -94,12 +108,12 @@ impl PageServer {
     /// Serves from `store`.
     ///
     /// # Errors
-    /// When its pages cannot be mapped.
+    /// When its pages cannot be mapped, or not written to.
     pub fn new(store: SealedStore) -> Result<Self, StoreError> {
-        let source = store.map()?;
+        let (source, spare) = (store.map()?, store.spare()?);
         let (spaces, plan) = (BTreeMap::new(), Vec::new());
         let (served, asked, asks) = (Served::default(), BTreeMap::new(), Vec::new());
-        Ok(Self { store, source, spaces, plan, last_id: 0, served, asked, asks })
+        Ok(Self { store, source, spare, spaces, plan, last_id: 0, served, asked, asks })
     }
 
     /// Takes on process `vpid`, which has nothing in place of what is stored of the mappings in `lazy`, and the rest.
@@ -126,7 +140,10 @@ impl PageServer {
         data.intersect(lazy).iter().for_each(|run| absent.insert(run));
         due.intersect(lazy).iter().for_each(|run| owed.insert(run));
         chunks.sort_by_key(|chunk| chunk.latest);
-        self.plan.extend(chunks.iter().map(|chunk| (id, chunk.whole)));
+        self.plan.extend(chunks.into_iter().map(|chunk| {
+            let whole = chunk.data.into_iter().collect::<RangeSet>().subtract(lazy).is_empty();
+            Planned { id, whole: chunk.whole, ours: whole && chunk.owed.is_empty() }
+        }));
         self.spaces.insert(id, Space::new(vpid, memory, absent, owed));
         Ok(id)
     }
@@ -301,11 +318,11 @@ impl PageServer {
     /// # Errors
     /// See [`ServeError`].
     pub fn fill(&mut self) -> Result<Progress, ServeError> {
-        while let Some((id, range)) = self.plan.last().copied() {
-            match self.spaces.get(&id).and_then(|space| space.absent.next_in(range)) {
-                Some(run) => return self.fill_some(id, run),
-                None => self.plan.pop(),
-            };
+        while let Some(&Planned { id, whole, .. }) = self.plan.last() {
+            if let Some(run) = self.spaces.get(&id).and_then(|space| space.absent.next_in(whole)) {
+                return self.fill_some(id, run);
+            }
+            self.plan.pop().into_iter().for_each(|done| self.release(&done));
         }
         // What has moved since, and what children miss.
         let left = self.spaces.iter().find_map(|(id, space)| Some((*id, space.absent.next()?)));
@@ -313,6 +330,14 @@ impl PageServer {
             Some((id, run)) => self.fill_some(id, run),
             None if self.is_owed() => Ok(Progress::Owed),
             None => Ok(Progress::Complete),
+        }
+    }
+
+    /// Nothing of a chunk is missing where it was. Unless it may be missing elsewhere, nobody needs it any more.
+    fn release(&self, done: &Planned) {
+        let Some(space) = self.spaces.get(&done.id).filter(|space| done.ours && !space.moved) else { return };
+        if self.spaces.values().filter(|other| other.vpid == space.vpid).count() == 1 {
+            self.store.release(&self.spare, space.vpid, done.whole.start());
         }
     }
 

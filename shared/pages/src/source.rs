@@ -221,6 +221,22 @@ impl SourceEngine {
         Ok((Self { cgroup_procs, freezer, tracker, ledgers, shared, timeline, options, round: 0 }, report))
     }
 
+    /// Watches for [`adaptive::LOOKS`] times [`adaptive::LOOK`] how the container writes, where the policy can make use of
+    /// it: the first round then leaves out what would soon go again. To be called before the first round.
+    ///
+    /// # Errors
+    /// As [`Self::look`].
+    pub fn watch(&mut self) -> Result<(), SourceError> {
+        if !self.options.policy.needs_history() || self.tracker.method() == Method::None {
+            return Ok(());
+        }
+        for _ in 0..adaptive::LOOKS {
+            self.look()?;
+            std::thread::sleep(adaptive::LOOK);
+        }
+        Ok(())
+    }
+
     /// Finds what has been written since the last time, and sends nothing: a look at how a container writes, which costs
     /// it the faults of a round. The engine must follow [`TransferPolicy::Adaptive`], and is of no use for rounds then.
     ///
@@ -279,6 +295,10 @@ impl SourceEngine {
                 report.processes.push(ProcessReport { process: collected.process, tracking });
             }
         }
+        if self.round == 1 {
+            // What looks have found is dirty, too.
+            report.dirty_pages = self.ledgers.values().map(|ledger| ledger.pending().page_count()).sum();
+        }
         let (mut quota, limit) = self.quota(pace);
         report.scan = started.elapsed();
         for process in followed {
@@ -312,7 +332,7 @@ impl SourceEngine {
     fn quota(&self, pace: Pace) -> (Quota, Option<Duration>) {
         let (mut pending, mut known) = (Census::default(), Census::default());
         if self.options.policy != TransferPolicy::Adaptive {
-            return (Quota { pages: pending }, None);
+            return (Quota { pages: pending, last: pace.last }, None);
         }
         self.ledgers.values().for_each(|ledger| ledger.tally(&mut pending, &mut known));
         let limit = adaptive::time_limit(pace, pending.total());

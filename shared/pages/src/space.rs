@@ -23,11 +23,13 @@ pub(crate) struct Space {
     pub(crate) waiting: Vec<PageNo>,
     /// Pages that threads wait for and that the source owes.
     pub(crate) blocked: Vec<PageNo>,
+    /// What is missing may be elsewhere than where it was dumped.
+    pub(crate) moved: bool,
 }
 
 impl Space {
     pub(crate) fn new(vpid: Vpid, memory: MissingMemory, absent: Absent, owed: Absent) -> Self {
-        Self { vpid, memory, absent, owed, waiting: Vec::new(), blocked: Vec::new() }
+        Self { vpid, memory, absent, owed, waiting: Vec::new(), blocked: Vec::new(), moved: false }
     }
 
     /// A child, if that is what happened.
@@ -35,9 +37,11 @@ impl Space {
         match event {
             Event::Fault { address } => self.waiting.push(PageNo::containing(address)),
             Event::Fork(memory) => {
-                return Some(Self::new(self.vpid, memory, self.absent.clone(), self.owed.clone()));
+                let child = Self::new(self.vpid, memory, self.absent.clone(), self.owed.clone());
+                return Some(Self { moved: self.moved, ..child });
             }
             Event::Remap { from, to, len } => {
+                self.moved = true;
                 if let Some(range) = PageRange::of_addresses(from..from.saturating_add(len)) {
                     self.absent.relocate(range, PageNo::containing(to));
                     self.owed.relocate(range, PageNo::containing(to));
