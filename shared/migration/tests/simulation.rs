@@ -332,7 +332,7 @@ fn sweep_of_the_policies() {
             for load in [0.1, 0.5, 0.9, 1.5] {
                 let writes = Writes { pages: CELL, hot, load, how };
                 let phaul = come_of("phaul", writes);
-                for policy in ["phaul", "all", "history:4,2", "adaptive"] {
+                for policy in ["phaul", "all", "history", "adaptive"] {
                     row(policy, writes, &phaul);
                 }
             }
@@ -354,7 +354,7 @@ fn figures_of_all_policies() {
     for how in [How::Uniform, How::Sweep, How::Skewed, How::Shifting] {
         for hot in [0.05, 0.2] {
             for load in [0.1, 0.5, 0.7, 0.9, 1.5] {
-                for policy in ["phaul", "all", "history:4,2", "adaptive"] {
+                for policy in ["phaul", "all", "history", "adaptive"] {
                     simulate(policy, Writes { pages: PAGES, hot, load, how });
                 }
             }
@@ -378,7 +378,7 @@ fn adaptive_sends_less_than_phaul_and_freezes_no_longer() {
 
 #[test]
 fn an_idle_container_is_sent_once_by_every_policy() {
-    for policy in ["phaul", "all", "history:4,2", "adaptive"] {
+    for policy in ["phaul", "all", "history", "adaptive"] {
         let idle = simulate(policy, Writes { pages: PAGES, hot: 0.01, load: 0.0, how: How::Uniform });
         assert!((idle.sent - 1.0).abs() < 1e-9 && idle.freeze_ms == 0.0, "{policy}: {idle:?}");
     }
