@@ -124,11 +124,8 @@ fn a_failed_restore_is_explained_and_bars_a_fresh_start() {
     assert!(!stand.create().status.success());
     let calls = stand.calls();
     assert!(calls.iter().all(|call| !call.contains(&"create".to_owned())), "it was started empty: {calls:?}");
-    assert_eq!(
-        calls.last().unwrap(),
-        &["delete", "--force", ID].map(ToOwned::to_owned),
-        "what may run is ended"
-    );
+    let ended = ["delete", "--force", ID].map(ToOwned::to_owned);
+    assert!(calls.last().unwrap().ends_with(&ended), "what may run is ended: {calls:?}");
     stand.root().disarm(ID).unwrap();
     assert!(stand.create().status.success());
 }

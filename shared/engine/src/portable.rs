@@ -152,6 +152,13 @@ fn namespaces(spec: &ContainerSpec, found: &mut Vec<Refusal>) {
             ));
         }
     }
+    if spec.host_text("IpcMode") == Some("shareable") {
+        found.push(Refusal::new(
+            Code::IpcMode,
+            "other containers may join its IPC namespace (--ipc shareable), and its /dev/shm lies outside of it",
+            "create it with --ipc private, which is the default",
+        ));
+    }
     let mode = spec.network_mode();
     if mode == "host" || mode.starts_with("container:") {
         found.push(Refusal::new(

@@ -41,7 +41,7 @@ fn expect(code: impl Into<Option<Code>>, change: impl FnOnce(&mut Value)) {
 fn an_ordinary_container_can_be_moved() {
     expect(None, |_| {});
     expect(None, |d| d["HostConfig"]["AutoRemove"] = true.into());
-    expect(None, |d| d["HostConfig"]["IpcMode"] = "shareable".into());
+    expect(None, |d| d["HostConfig"]["IpcMode"] = "private".into());
     expect(None, |d| d["HostConfig"]["Runtime"] = "haul".into());
     expect(None, |d| d["HostConfig"]["Tmpfs"] = json!({"/tmp": ""}));
 }
@@ -77,6 +77,7 @@ fn what_ties_a_container_to_its_host_is_refused() {
         expect(Code::PidMode, |d| d["HostConfig"]["PidMode"] = mode.into());
         expect(Code::IpcMode, |d| d["HostConfig"]["IpcMode"] = mode.into());
     }
+    expect(Code::IpcMode, |d| d["HostConfig"]["IpcMode"] = "shareable".into());
     expect(Code::UtsMode, |d| d["HostConfig"]["UTSMode"] = "host".into());
     expect(Code::NetworkMode, |d| {
         d["HostConfig"]["NetworkMode"] = "container:other".into();
