@@ -23,6 +23,7 @@ use tokio::task::JoinHandle;
 
 use crate::failure::{TRACKING, fault};
 use crate::lanes::Lanes;
+use crate::watched::Watch;
 use crate::wire::{BATCH, WANTED};
 
 /// Encoded errands (256 KiB at most) that wait for the first connection.
@@ -35,24 +36,32 @@ pub(crate) struct Debt {
     paying: JoinHandle<Result<(), Fault>>,
     /// Nothing of it is needed any more; closing it takes time that belongs after the freeze.
     engine: SourceEngine,
+    /// After the engine: what it tracks is free when this is gone.
+    watch: Watch,
 }
 
 impl Debt {
     /// Begins to pay when the target asks for it.
-    pub(crate) fn new(engine: SourceEngine, owed: Owed, lanes: Lanes, urgent: Departure) -> Self {
+    pub(crate) fn new(
+        engine: SourceEngine,
+        watch: Watch,
+        owed: Owed,
+        lanes: Lanes,
+        urgent: Departure,
+    ) -> Self {
         let debtor = Arc::new(Debtor { frozen: engine.frozen(), owed: Mutex::new(owed) });
-        Self { paying: tokio::spawn(debtor.pay(lanes, urgent)), engine }
+        Self { paying: tokio::spawn(debtor.pay(lanes, urgent)), engine, watch }
     }
 
     /// Ends it, and gives what is to be dropped where that may take its time.
-    pub(crate) async fn call_off(self, migration: &MigrationId) -> SourceEngine {
+    pub(crate) async fn call_off(self, migration: &MigrationId) -> (SourceEngine, Watch) {
         self.paying.abort();
         match self.paying.await {
             Ok(Err(fault)) => tracing::warn!(%migration, %fault, "what the target was owed has not gone"),
             Err(error) if error.is_panic() => tracing::error!(%migration, %error, "a debtor had died"),
             Ok(Ok(())) | Err(_) => {}
         }
-        self.engine
+        (self.engine, self.watch)
     }
 }
 

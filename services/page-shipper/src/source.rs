@@ -158,12 +158,13 @@ pub(crate) async fn final_round(
     let further = async { if ask.post_copy { way.connect(&migration).await.map(Some) } else { Ok(None) } };
     let (shipped, further) = tokio::join!(shipped, further);
     let (engine, (manifest, owed, report), encoding) = shipped?;
-    let owed = owed.filter(|owed| owed.pages() > 0).zip(further?);
+    // Where nothing is owed after all, this stays open until the target has all: a connection that ends is an error there.
+    let (further, owed) = (further?, owed.filter(|owed| owed.pages() > 0));
     lanes.settle().await?;
     for part in manifest.encode() {
         lanes.send(MANIFEST, part.into()).await?;
     }
-    if let Some((owed, _)) = &owed {
+    if let Some(owed) = &owed {
         for part in owed.manifest().encode() {
             lanes.send(OWED, part.into()).await?;
         }
@@ -174,9 +175,9 @@ pub(crate) async fn final_round(
     let wire = lanes.traffic().saturating_sub(before);
     let round = told(Round(rounds), &report, encoding, wire, began.elapsed());
     let (total, dropped) = (finished.pages, finished.dropped);
-    let due = owed.as_ref().map_or(0, |(owed, _)| owed.pages());
-    match owed {
-        Some((owed, urgent)) => service.owe(migration, Debt::new(engine, owed, lanes, urgent)),
+    let due = owed.as_ref().map_or(0, |owed| owed.pages());
+    match owed.zip(further) {
+        Some((owed, urgent)) => service.owe(migration, Debt::new(engine, watch, owed, lanes, urgent)),
         None => service.put_source(migration, Session { engine, lanes, rounds, way, watch }),
     }
     Ok(FinalReport { round, total, dropped, owed: Pages(due) })

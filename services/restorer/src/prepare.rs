@@ -1,12 +1,14 @@
 //! A container is started as far as it can be without its state, while it still runs on the source host: the engine
 //! has mounted its root, its network is made, its page server is there, and runc waits for CRIU, whose place is held
-//! by a gate that waits for a word.
+//! by a gate that waits for a word, by way of the keeper in `haul-runtime`.
 //!
 //! ```text
 //!   docker start ──▶ containerd ──▶ haul-runtime create ── network ──▶ runc restore ──▶ gate waits
-//!                                                                    go.socket ▲ │
-//!   Prepare ───────────────────────────── accepts ─────────────────────────────┘ │
-//!   Restore ── GO ──▶ root mounted anew, CRIU restores ──────────────────────────┘
+//!                                         │ keeper ◀──────── gate.socket ────────────────┘
+//!                                         ▼ go.socket
+//!   Prepare ───────────────────────── accepts
+//!   TakePackets ── TAKE ──▶ packets come here, and are kept
+//!   Restore ── MEMORY…, GO ──▶ root put on, CRIU restores
 //!   Undo, or our death: the connection ends, and the start fails with nothing restored
 //! ```
 

@@ -24,6 +24,8 @@ use crate::{COMPLETE, IMAGES, Restorer, join};
 
 /// An engine that was asked to start a container comes to the runtime within this time.
 const ENGINE_COMES_WITHIN: Duration = Duration::from_secs(5);
+/// And knows a container to run within this time after it was recorded.
+const ENGINE_LEARNS_WITHIN: Duration = Duration::from_secs(30);
 /// How long a restore that somebody else began may take.
 const RESTORED_WITHIN: Duration = Duration::from_secs(300);
 const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(20);
@@ -99,7 +101,18 @@ async fn began_before(service: &Restorer, id: &str) -> Result<Option<RunState>, 
             State::Absent => return Ok(None),
             // Armed, and the engine was perhaps never asked to start it: asking twice is harmless.
             State::Armed(_) if began.elapsed() >= ENGINE_COMES_WITHIN => return Ok(None),
-            State::Restored => break,
+            State::Restored => {
+                let state = service.docker.inspect(id).await.map_err(|error| failure::engine(&error))?;
+                let state = state.state().map_err(fault(ENGINE))?;
+                if state.running && state.pid > 0 {
+                    return Ok(Some(state));
+                }
+                // It is recorded just before the processes run, and the engine learns of them later.
+                if began.elapsed() >= ENGINE_LEARNS_WITHIN {
+                    return Err(failed(service, id, None).await);
+                }
+                tokio::time::sleep(LOOK_AGAIN_AFTER).await;
+            }
             State::Consumed if outcome(service, id).await?.is_some_and(|outcome| !outcome.ok) => {
                 return Err(failed(service, id, None).await);
             }
@@ -109,9 +122,6 @@ async fn began_before(service: &Restorer, id: &str) -> Result<Option<RunState>, 
             State::Armed(_) | State::Consumed => tokio::time::sleep(LOOK_AGAIN_AFTER).await,
         }
     }
-    let state = service.docker.inspect(id).await.map_err(|error| failure::engine(&error))?;
-    let state = state.state().map_err(fault(ENGINE))?;
-    if state.running && state.pid > 0 { Ok(Some(state)) } else { Err(failed(service, id, None).await) }
 }
 
 async fn outcome(service: &Restorer, id: &str) -> Result<Option<Outcome>, Fault> {

@@ -78,7 +78,7 @@ impl Keeper<'_> {
         let Some(runc) = end(RUNC_END)? else { return Ok(Kept::Nothing) };
         let Some(criu) = end(CRIU_END)? else { return Ok(Kept::Nothing) };
         let words = self.armed_root.connect(self.id)?;
-        let Some(shared) = self.hear(&words, &runc)? else { return Ok(Kept::Nothing) };
+        let Some(shared) = self.hear(&words, [&runc, &criu])? else { return Ok(Kept::Nothing) };
         // From here on the container stands still for us. Where it cannot be had everything takes longer.
         let _expedited = Expedited::begin();
         // Noted before anything else, so that the time is known of which it counts.
@@ -91,12 +91,17 @@ impl Keeper<'_> {
     }
 
     /// Waits for the word to go on, and gives the shared memory that came before it; `None` when the word does not come.
-    fn hear(&mut self, words: &UnixStream, runc: &OwnedFd) -> Result<Option<Vec<OwnedFd>>, Failure> {
+    fn hear(
+        &mut self,
+        words: &UnixStream,
+        [runc, gate]: [&OwnedFd; 2],
+    ) -> Result<Option<Vec<OwnedFd>>, Failure> {
         let mut shared = Vec::new();
         let mut until_let_go = None;
         loop {
-            // What runc has sent stays where it is; only its end matters.
-            let mut polled = [PollFd::new(words, PollFlags::IN), PollFd::new(runc, PollFlags::empty())];
+            // What runc has sent stays where it is; only its end matters, and the gate's.
+            let end_of = |fd| PollFd::new(fd, PollFlags::empty());
+            let mut polled = [PollFd::new(words, PollFlags::IN), end_of(runc), end_of(gate)];
             match poll(&mut polled, until_let_go.as_ref()) {
                 Err(Errno::INTR) => continue,
                 Err(errno) => return Err(Failure::Gate(errno.into())),
@@ -107,8 +112,8 @@ impl Keeper<'_> {
                 }
                 Ok(_) => {}
             }
-            let [_, runc_s] = &polled;
-            if !runc_s.revents().is_empty() {
+            let [_, others @ ..] = &polled;
+            if others.iter().any(|other| !other.revents().is_empty()) {
                 return Ok(None);
             }
             match pass_fd::receive(words) {

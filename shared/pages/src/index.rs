@@ -161,7 +161,9 @@ impl Reader<'_> {
             true => u64::from(slot) != number,
             false => slot >= slots,
         });
-        if number >= PageNo::END.0.div_ceil(CHUNK_PAGES) || misplaced || homeless {
+        // Shared memory is there when it is mapped.
+        let indebted = of_object && !chunk.owed.is_empty();
+        if number >= PageNo::END.0.div_ceil(CHUNK_PAGES) || misplaced || homeless || indebted {
             return Err(IndexError::Chunk(number));
         }
         Ok((number, chunk))
@@ -180,7 +182,7 @@ mod tests {
         let stored = Stored { generation: Generation(77), chunks: [(4, zero), (9, full)].into() };
         let empty = Stored { generation: Generation(1), chunks: BTreeMap::new() };
         let object = Vpid::of_object(0);
-        let there = Chunk { slot: Some(70), ..full };
+        let there = Chunk { slot: Some(70), owed: Bits::default(), ..full };
         let shared = Stored { generation: Generation(8), chunks: [(70, there)].into() };
         let place = Place { pid: 9, descriptor: 3, device: 1, inode: 8 };
         let processes = [(Vpid(1), stored), (Vpid(2), empty), (object, shared)].into();

@@ -1,7 +1,9 @@
 //! No tracking: everything is sent when the container is frozen.
 
 use crate::process::Process;
-use crate::track::{Collected, DirtyTracker, FinalScan, Forgotten, Method, TrackError, Tracking, Untracked};
+use crate::track::{
+    Collected, DirtyTracker, FinalScan, Forgotten, Method, SharedTracker, TrackError, Tracking, Untracked,
+};
 use crate::{range::RangeSet, track};
 
 /// Used where the kernel cannot track: rounds find nothing, the final scan finds everything.
@@ -24,6 +26,10 @@ impl NoTracking {
 impl DirtyTracker for NoTracking {
     fn method(&self) -> Method {
         Method::None
+    }
+
+    fn shared(&mut self) -> Option<&mut dyn SharedTracker> {
+        None
     }
 
     fn begin(&mut self, processes: &[Process]) -> Vec<(Process, Tracking)> {

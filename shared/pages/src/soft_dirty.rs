@@ -38,7 +38,9 @@ use crate::maps::Maps;
 use crate::process::{self, Process, Vpid};
 use crate::program::Program;
 use crate::range::{PageRange, RangeSet};
-use crate::track::{Collected, DirtyTracker, FinalScan, Forgotten, Method, TrackError, Tracking, Untracked};
+use crate::track::{
+    Collected, DirtyTracker, FinalScan, Forgotten, Method, SharedTracker, TrackError, Tracking, Untracked,
+};
 use crate::write_protect::{Held, Hold, RoundError, WriteProtect, unknown};
 
 /// How long the threads that have stopped may wait for the others. Running and sleeping threads stop within
@@ -219,6 +221,10 @@ fn uses_marks(pid: Pid) -> bool {
 impl DirtyTracker for SoftDirty {
     fn method(&self) -> Method {
         Method::SoftDirty
+    }
+
+    fn shared(&mut self) -> Option<&mut dyn SharedTracker> {
+        None
     }
 
     fn begin(&mut self, processes: &[Process]) -> Vec<(Process, Tracking)> {

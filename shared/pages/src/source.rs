@@ -383,7 +383,11 @@ impl SourceEngine {
         let mut owed = Owed::new(self.round);
         let none = Ledger::default();
         for Wanted { process, pages, unwritten } in wanted {
-            let later = owed::can_come_later(process);
+            // The pages of shared memory are numbers within it, not addresses, and it must be there when it is mapped.
+            let later = match process.vpid.is_object() {
+                true => Ok(RangeSet::new()),
+                false => owed::can_come_later(process),
+            };
             let later = later.map_err(|source| SourceError::Mappings { vpid: process.vpid, source })?;
             self.deliver(process, &pages.subtract(&later), sink, &mut report)?;
             let ledger = self.ledgers.get(&key_of(process)).unwrap_or(&none);

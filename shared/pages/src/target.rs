@@ -150,9 +150,10 @@ impl TargetEngine {
     ) -> Result<FinishReport, TargetError> {
         let unknown = owed.processes.iter().find(|(vpid, owed)| {
             let known = manifest.processes.get(vpid);
-            known.is_none_or(|known| {
-                known.generation != owed.generation || !owed.pages.subtract(&known.pages).is_empty()
-            })
+            vpid.is_object()
+                || known.is_none_or(|known| {
+                    known.generation != owed.generation || !owed.pages.subtract(&known.pages).is_empty()
+                })
         });
         if let Some((vpid, _)) = unknown {
             return Err(TargetError::NotOwed(*vpid));

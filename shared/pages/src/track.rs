@@ -191,9 +191,7 @@ pub trait DirtyTracker: Send + fmt::Debug {
     fn method(&self) -> Method;
 
     /// The same for shared memory, if it can. Without, shared memory is sent when the container is frozen.
-    fn shared(&mut self) -> Option<&mut dyn SharedTracker> {
-        None
-    }
+    fn shared(&mut self) -> Option<&mut dyn SharedTracker>;
 
     /// Starts following `processes` and says of each whether that worked.
     fn begin(&mut self, processes: &[Process]) -> Vec<(Process, Tracking)>;

@@ -105,23 +105,46 @@ impl Stopped {
             let mut new = Vec::new();
             for pid in list().ok_or(StandstillError::NoList)? {
                 for tid in threads(pid) {
-                    if !self.threads.contains_key(&tid)
-                        && let Some(tracee) = seize(pid, tid)?
-                    {
-                        new.push((pid, tid, tracee));
+                    if self.threads.contains_key(&tid) {
+                        continue;
+                    }
+                    match seize(pid, tid) {
+                        Ok(tracee) => new.extend(tracee.map(|tracee| (pid, tid, tracee))),
+                        Err(error) => {
+                            self.keep_stopped(new);
+                            return Err(error);
+                        }
                     }
                 }
             }
             if new.is_empty() {
                 return Ok(());
             }
-            for (pid, tid, tracee) in new {
-                let stopped = match wait(&tracee, deadline)? {
-                    Waited::Stopped(_) => Some(tracee),
-                    Waited::Ended => None,
-                    Waited::TimedOut => return Err(StandstillError::NoStop { tid, within }),
+            let mut new = new.into_iter();
+            while let Some((pid, tid, tracee)) = new.next() {
+                let failed = match wait(&tracee, deadline) {
+                    Ok(Waited::Stopped(_)) => {
+                        self.threads.insert(tid, (pid, Some(tracee)));
+                        continue;
+                    }
+                    Ok(Waited::Ended) => {
+                        self.threads.insert(tid, (pid, None));
+                        continue;
+                    }
+                    Ok(Waited::TimedOut) => StandstillError::NoStop { tid, within },
+                    Err(error) => error,
                 };
-                self.threads.insert(tid, (pid, stopped));
+                self.keep_stopped(new);
+                return Err(failed);
+            }
+        }
+    }
+
+    /// Those that have stopped by now are let go like the others; the rest are by the end of this thread, running.
+    fn keep_stopped(&mut self, asked: impl IntoIterator<Item = (Pid, libc::pid_t, Tracee)>) {
+        for (pid, tid, tracee) in asked {
+            if matches!(wait(&tracee, Instant::now()), Ok(Waited::Stopped(_))) {
+                self.threads.insert(tid, (pid, Some(tracee)));
             }
         }
     }

@@ -152,6 +152,7 @@ int main(int argc, char **argv) {
         else if (!strcmp(word, "aligned")) { char *m = check(mmap(0, b * PAGE + (2 << 20), RW, ANON, -1, 0), word); region[a].at = (char *)(((uintptr_t)m + (2 << 20) - 1) & ~((2ul << 20) - 1)); region[a].pages = b; madvise(m, b * PAGE + (2 << 20), MADV_NOHUGEPAGE); }
         else if (!strcmp(word, "marks")) { if (open("/proc/self/pagemap", O_RDONLY) < 0) fail(word); }
         else if (!strcmp(word, "shared")) { region[a].at = check(mmap(0, b * PAGE, RW, MAP_SHARED | MAP_ANONYMOUS, -1, 0), word); region[a].pages = b; }
+        else if (!strcmp(word, "low")) { region[a].at = check(mmap((void *)0x100000, b * PAGE, RW, ANON | MAP_FIXED, -1, 0), word); region[a].pages = b; madvise(region[a].at, b * PAGE, MADV_NOHUGEPAGE); }
         else if (!strcmp(word, "file")) { int f = open("/proc/self/exe", O_RDONLY); region[a].at = check(mmap(0, b * PAGE, RW, MAP_PRIVATE, f, 0), word); region[a].pages = b; close(f); }
         else if (!strcmp(word, "write")) for (unsigned long i = b; i < b + c; i++) fill(at + i * PAGE);
         else if (!strcmp(word, "zero")) memset(at + b * PAGE, 0, c * PAGE);
