@@ -36,11 +36,18 @@ cgroups() {
         -o -path "*/$name.slice/*" \) 2>/dev/null
 }
 
+# One that is just being started by another may be seen by nothing of this for a moment.
 round=0
-while [ "$round" -lt 200 ]; do
+unseen=0
+while [ "$round" -lt 200 ] && [ "$unseen" -lt 3 ]; do
     found=$(pids)
-    [ -n "$found" ] || break
-    kill -KILL $found 2>/dev/null
+    if [ -n "$found" ]; then
+        unseen=0
+        kill -KILL $found 2>/dev/null
+    else
+        unseen=$((unseen + 1))
+        sleep 0.05
+    fi
     # A frozen process cannot die (cgroup v1), so whatever was left frozen is thawed.
     cgroups | while read -r group; do
         [ ! -e "$group/freezer.state" ] || echo THAWED >"$group/freezer.state"
