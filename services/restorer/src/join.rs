@@ -20,14 +20,13 @@ use crate::failure::{IMAGES, fault};
 pub(crate) fn join(received: &Path, store: &Path, complete: &Path) -> Result<Vec<OwnedFd>, Fault> {
     let store = SealedStore::open(store).map_err(fault(IMAGES))?;
     let assembly = Assembly::begin(received, complete).map_err(fault(IMAGES))?;
-    for (vpid, _) in store.processes() {
-        let pages = store.pages(vpid);
-        if pages.is_empty() {
-            continue;
-        }
-        let runs = pages.iter().collect::<Vec<_>>().into_iter();
-        let mut source = Stored { store: &store, vpid, runs };
-        assembly.add_pages(vpid.0, &mut source, Fill::Later).map_err(fault(IMAGES))?;
+    if let Some((vpid, _)) = store.processes().find(|(vpid, _)| !assembly.processes().contains(&vpid.0)) {
+        return Err(Fault::new(IMAGES, format!("pages have come of process {vpid}, which no image names")));
+    }
+    for pid in assembly.processes() {
+        let runs = store.pages(Vpid(*pid)).iter().collect::<Vec<_>>().into_iter();
+        let mut source = Stored { store: &store, vpid: Vpid(*pid), runs };
+        assembly.add_pages(*pid, &mut source, Fill::Later).map_err(fault(IMAGES))?;
     }
     let left_out = LeftOut::read(received).map_err(fault(IMAGES))?;
     assembly.add_shared(&left_out).map_err(fault(IMAGES))?;

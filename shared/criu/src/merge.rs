@@ -155,7 +155,9 @@ impl Assembly {
         shared::add(left_out, &self.received, &self.out, &self.processes)
     }
 
-    /// Joins the pages of process `pid` from `source` with those that CRIU dumped.
+    /// Joins the pages of process `pid` from `source` with those that CRIU dumped. To be called for every process of
+    /// [`Self::processes`], though nothing of it may be stored: what CRIU dumped would be left for later otherwise. A
+    /// zombie has no memory and is left alone.
     ///
     /// # Errors
     /// Every page must be wanted by a private mapping of the process and must come from one side only. On error the
@@ -168,6 +170,12 @@ impl Assembly {
     ) -> Result<Merged, MergeError> {
         if !self.processes.contains(&pid) {
             return Err(MergeError::NoProcess(pid));
+        }
+        let memory = mm::path(&self.received, pid);
+        if !memory.try_exists().map_err(io_at(&memory))? {
+            let stray = next_stored(source, pid, 0)?;
+            let unmapped = |run: PageRun| Err(MergeError::Unmapped { pid, address: run.start });
+            return stray.map_or(Ok(Merged::default()), unmapped);
         }
         let mut dumped = PagemapReader::open(&self.received, pid)?;
         let pages_name = format!("pages-{}.img", dumped.pages_id());

@@ -66,6 +66,10 @@ const LOCKED: u64 = 0x1000 + 200 * PAGE_SIZE;
 
 /// The images of a process with two mappings of the first 256 pages after 0x1000, as CRIU would write them.
 fn received(dir: &Path, dumped: &Pages) {
+    received_with(dir, dumped, Laziness::Eager);
+}
+
+fn received_with(dir: &Path, dumped: &Pages, laziness: Laziness) {
     let image = |name: &str, kind| ImageWriter::create(&dir.join(name), kind).unwrap();
     let mut inventory = image("inventory.img", ImageKind::Inventory);
     inventory.append(&AnyNumber { number: 2 }).unwrap();
@@ -82,7 +86,7 @@ fn received(dir: &Path, dumped: &Pages) {
     mm.finish().unwrap();
     let mut map = PagemapWriter::new(image("pagemap-1.img", ImageKind::Pagemap), PAGES_ID).unwrap();
     for run in runs(dumped) {
-        map.append(run, Laziness::Eager).unwrap();
+        map.append(run, laziness).unwrap();
     }
     map.finish().unwrap();
     let content: Vec<u8> = dumped.values().flat_map(|byte| [*byte; PAGE_SIZE as usize]).collect();
@@ -204,6 +208,32 @@ fn stored_pages_must_be_wanted_and_in_order() {
         assembly.add_pages(9, &mut Stored::new(&Pages::new()), Fill::AtRestore),
         Err(MergeError::NoProcess(9))
     ));
+}
+
+/// Nothing of it is stored, say because it has just begun to run another program. CRIU's marks would leave its stack to
+/// a server that does not have it.
+#[test]
+fn what_criu_dumped_never_comes_later() {
+    let (from, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let dumped = Pages::from([(0x1000, 1), (0x2000, 2)]);
+    received_with(from.path(), &dumped, Laziness::Lazy);
+    let assembly = Assembly::begin(from.path(), out.path()).unwrap();
+    assembly.add_pages(PID, &mut Stored::new(&Pages::new()), Fill::Later).unwrap();
+    let eager = dumped.into_iter().map(|(address, byte)| (address, (byte, Laziness::Eager)));
+    assert_eq!(read_back(out.path()), eager.collect());
+}
+
+#[test]
+fn a_zombie_has_no_memory() {
+    let (from, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    received(from.path(), &Pages::new());
+    for name in ["mm-1.img", "pagemap-1.img", "pages-3.img"] {
+        fs::remove_file(from.path().join(name)).unwrap();
+    }
+    let assembly = Assembly::begin(from.path(), out.path()).unwrap();
+    let add = |pages| assembly.add_pages(PID, &mut Stored::new(&pages), Fill::Later);
+    assert_eq!(add(Pages::new()).unwrap(), Merged::default());
+    assert!(matches!(add(Pages::from([(0x1000, 1)])), Err(MergeError::Unmapped { .. })));
 }
 
 #[test]
