@@ -30,7 +30,8 @@ use crate::thread_choice;
 use crate::uffd;
 use crate::vm_read::VmReader;
 
-/// Attempts before a process whose threads are always in a restartable sequence is given up.
+/// Attempts before a process is given up whose threads are always in a restartable sequence, or that begins another
+/// program all the time.
 const ATTEMPTS: u32 = 16;
 /// Code segment of 64-bit user code. A thread elsewhere runs 32-bit code now and has another register layout.
 const CS_64: u64 = 0x33;
@@ -50,9 +51,9 @@ pub enum InjectError {
         /// How long was waited for each.
         within: Duration,
     },
-    /// Every attempt met a restartable sequence.
-    #[error("every stop was inside a restartable sequence")]
-    AlwaysInRestartableSequence,
+    /// Every attempt met a restartable sequence, or a program that had just begun.
+    #[error("every stop was inside a restartable sequence, or at the beginning of another program")]
+    NeverInBetween,
     /// It runs 32-bit code, or has unmapped its vDSO.
     #[error("the process has no 64-bit system call instruction")]
     NoSyscallInstruction,
@@ -110,8 +111,6 @@ pub fn userfaultfd_of(pid: Pid, patience: Duration) -> Result<OwnedFd, InjectErr
 fn inject(pid: Pid, patience: Duration) -> Result<OwnedFd, InjectError> {
     let process = pidfd::open(pid)?;
     let memory = VmReader::open(pid)?;
-    let gadget =
-        thread_choice::syscall_instruction(pid, &memory)?.ok_or(InjectError::NoSyscallInstruction)?;
     let mut unstoppable = Vec::new();
     for _ in 0..ATTEMPTS {
         let threads = thread_choice::candidates(pid)?;
@@ -121,6 +120,8 @@ fn inject(pid: Pid, patience: Duration) -> Result<OwnedFd, InjectError> {
                 false => InjectError::NoStop { within: patience },
             });
         };
+        let gadget =
+            thread_choice::syscall_instruction(pid, &memory)?.ok_or(InjectError::NoSyscallInstruction)?;
         let target = Target { pid, tid, process: process.as_fd(), memory: &memory, gadget };
         match target.attempt(patience) {
             Ok(fd) => return Ok(fd),
@@ -131,7 +132,7 @@ fn inject(pid: Pid, patience: Duration) -> Result<OwnedFd, InjectError> {
             Err(Miss::Failed(error)) => return Err(error),
         }
     }
-    Err(InjectError::AlwaysInRestartableSequence)
+    Err(InjectError::NeverInBetween)
 }
 
 struct Target<'a> {
@@ -155,7 +156,9 @@ impl Target<'_> {
             tracee.detach(0)?;
             return Err(Miss::Failed(InjectError::NoSyscallInstruction));
         }
-        if self.in_restartable_sequence(&tracee, saved.rip)? {
+        // Since we looked it may have begun another program, which has its vDSO elsewhere. Now it cannot.
+        let moved = !thread_choice::is_syscall_instruction(self.gadget, self.memory)?;
+        if moved || self.in_restartable_sequence(&tracee, saved.rip)? {
             tracee.detach(0)?;
             return Err(Miss::Retry);
         }

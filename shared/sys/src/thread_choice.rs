@@ -131,6 +131,16 @@ pub(crate) fn syscall_instruction(pid: Pid, memory: &VmReader) -> Result<Option<
     Ok(code.windows(SYSCALL.len()).position(|bytes| bytes == SYSCALL).map(|offset| start + offset as u64))
 }
 
+/// Whether there is such an instruction at `address` (still).
+///
+/// # Errors
+/// When the process is gone.
+pub(crate) fn is_syscall_instruction(address: u64, memory: &VmReader) -> Result<bool, CallError> {
+    let mut code = Vec::new();
+    memory.read(std::slice::from_ref(&(address..address + SYSCALL.len() as u64)), &mut code)?;
+    Ok(code == SYSCALL)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

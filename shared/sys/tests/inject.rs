@@ -205,6 +205,23 @@ fn no_signal_is_lost_or_doubled() {
     assert!(target.finish().ends_with(&format!("signals {}", rounds * per_round)));
 }
 
+/// What was found out of the old program before the stop must not be used on the new one.
+#[test]
+fn a_process_that_executes_another_program_meanwhile_is_not_harmed() {
+    let again = r#"[ "$1" = 0 ] && exit 0; exec sh -c "$0" "$0" $(($1 - 1))"#;
+    let mut shell = Command::new("sh").args(["-c", again, again, "1000"]).spawn().unwrap();
+    let pid = Pid::from_child(&shell);
+    let mut taken = 0;
+    let status = loop {
+        if let Some(status) = shell.try_wait().unwrap() {
+            break status;
+        }
+        // Refused when it ends, or whenever a program begins anew.
+        taken += u32::from(userfaultfd_of(pid, PATIENCE).is_ok());
+    };
+    assert!(status.success() && taken > 0, "{status}, {taken} times");
+}
+
 #[test]
 fn a_seccomp_filter_is_no_obstacle() {
     let target = Target::start("seccomp");
