@@ -121,6 +121,12 @@ static void check_crowd(void) {
 
 static struct { _Atomic uint64_t rounds[CHURNERS], bad; } *churned;
 
+/* Whoever looks at the container's log learns what was wrong. */
+static uint64_t wrong(const char *what, uint64_t which, int value) {
+	dprintf(1, "churn: %s %llu: %#x\n", what, (unsigned long long)which, value);
+	return 1;
+}
+
 static void churn(int number) {
 	for (uint64_t n = 1;; n++) {
 		char *own = map(20 * PAGE, MAP_PRIVATE);
@@ -128,15 +134,15 @@ static void churn(int number) {
 		pid_t child = fork();
 		if (child < 0) die("fork");
 		if (!child) {
-			if (n % 3 == 0) { execl("/bin/hardship", "hardship", "brief", (char *)NULL); _exit(1); }
+			if (n % 3 == 0) { execl("/bin/hardship", "hardship", "brief", (char *)NULL); _exit(2 + errno % 100); }
 			int found = 0;
 			for (int p = 0; p < 20; p++) { found += is_bad(own + p * PAGE, p, n); fill(own + p * PAGE, p, n + 1); }
 			for (int p = 0; p < 20; p++) found += is_bad(own + p * PAGE, p, n + 1);
 			_exit(found != 0);
 		}
 		int status;
-		if (n % 4) while (waitpid(-1, &status, 0) > 0) churned->bad += status != 0;
-		for (int p = 0; p < 20; p++) churned->bad += is_bad(own + p * PAGE, p, n);
+		if (n % 4) while ((child = waitpid(-1, &status, 0)) > 0) if (status) churned->bad += wrong("status of child", (uint64_t)child, status);
+		for (int p = 0; p < 20; p++) if (is_bad(own + p * PAGE, p, n)) churned->bad += wrong("page in round", n, p);
 		munmap(own, 20 * PAGE);
 		churned->rounds[number]++;
 	}
