@@ -167,7 +167,7 @@ fn write_memory(out: &mut String, record: &Migration) -> std::fmt::Result {
 
 /// How pages went, in shares.
 fn mix(encoding: Encoding) -> String {
-    let Encoding { plain, lz4, zstd, named, unchanged } = encoding;
+    let Encoding { plain, lz4, zstd, named, unchanged, partial } = encoding;
     let all = (plain + lz4 + zstd + named + unchanged).0.max(1);
     let share = |pages: Pages| pages.0.saturating_mul(100).div_ceil(all);
     let parts = [
@@ -178,7 +178,11 @@ fn mix(encoding: Encoding) -> String {
         (unchanged, "unchanged"),
     ];
     let parts = parts.iter().filter(|(pages, _)| pages.0 > 0);
-    parts.map(|(pages, how)| format!("{} % {how}", share(*pages))).collect::<Vec<_>>().join(", ")
+    let all = parts.map(|(pages, how)| format!("{} % {how}", share(*pages))).collect::<Vec<_>>().join(", ");
+    match partial {
+        Pages(0) => all,
+        partial => format!("{all}; of {} % only what had changed", share(partial)),
+    }
 }
 
 fn write_files(out: &mut String, record: &Migration) -> std::fmt::Result {

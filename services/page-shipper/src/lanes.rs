@@ -128,6 +128,7 @@ impl Lanes {
                     let Sifted { batch, unchanged, named } = known.sift(batch);
                     spared.unchanged += Pages(unchanged);
                     spared.named += Pages(named);
+                    spared.partial += Pages(batch.partial_pages());
                     batch
                 } else {
                     known.pass(&batch);

@@ -3,14 +3,16 @@
 //! The connection that carries them adds lengths and checksums. All numbers are little-endian.
 //!
 //! ```text
-//! batch      magic "HPB2", codec u8, 0 u8 x3, vpid u32, round u32, generation u64, runs u32, data length u32,
+//! batch      magic "HPB3", codec u8, 0 u8 x3, vpid u32, round u32, generation u64, runs u32, data length u32,
 //!            data, then one u64 for each run
-//! manifest   magic "HPM1", 0 u32, vpid u32, last u32, generation u64, runs u32, 0 u32, then one u64 for each run
-//! run        bits 0-35 first page, bits 36-62 number of pages, bit 63 set when all are zero
+//! manifest   magic "HPM2", 0 u32, vpid u32, last u32, generation u64, runs u32, 0 u32, then one u64 for each run
+//! run        bits 0-35 first page, bits 36-55 number of pages, bits 56-63 which parts of each page the data has
 //! ```
-//! A run of zero pages has no data, so it costs 8 bytes whatever its length.
+//! Bit 56 stands for the first part of a page. With no part of them in the data, pages are zeros; so a run of zero pages
+//! costs 8 bytes whatever its length. With some, the target has the others already. In a manifest no part is set.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use haulage_sys::PAGE_BYTES;
 
@@ -27,17 +29,21 @@ pub const MAX_FRAME: usize = HEADER + MAX_DATA_PAGES * PAGE_BYTES + MAX_RUNS * R
 
 pub(crate) const HEADER: usize = 32;
 pub(crate) const RUN: usize = 8;
-const BATCH_MAGIC: [u8; 4] = *b"HPB2";
-const MANIFEST_MAGIC: [u8; 4] = *b"HPM1";
+const BATCH_MAGIC: [u8; 4] = *b"HPB3";
+const MANIFEST_MAGIC: [u8; 4] = *b"HPM2";
 
 pub(crate) const PAGE_BITS: u32 = 36;
-const COUNT_BITS: u32 = 27;
-const ZERO: u64 = 1 << 63;
+const COUNT_BITS: u32 = 20;
 /// Pages in one run on the wire, at most; longer runs are split.
 pub const MAX_RUN_PAGES: u64 = (1 << COUNT_BITS) - 1;
 
 const _: () = assert!(PageNo::END.0 <= 1 << PAGE_BITS);
-const _: () = assert!(PAGE_BITS + COUNT_BITS == 63);
+const _: () = assert!(PAGE_BITS + COUNT_BITS + u8::BITS == u64::BITS);
+
+/// Parts of a page, which go one without the other.
+pub const PARTS: usize = 4;
+/// Bytes of a part.
+pub const PART_BYTES: usize = PAGE_BYTES / PARTS;
 
 /// Bytes that are not a batch or a part of a manifest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -73,13 +79,61 @@ pub enum FrameError {
     Codec(#[from] CodecError),
 }
 
+/// Some of the [`PARTS`] of a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Parts(u8);
+
+impl Parts {
+    /// None.
+    pub const NONE: Self = Self(0);
+    /// The whole page.
+    pub const ALL: Self = Self(u8::MAX >> (u8::BITS as usize - PARTS));
+
+    /// Those with the numbers, from 0 to [`PARTS`], for which `is_one` holds.
+    pub fn which(is_one: impl Fn(usize) -> bool) -> Self {
+        Self((0..PARTS).filter(|part| is_one(*part)).fold(0, |all, part| all | 1 << part))
+    }
+
+    /// How many.
+    pub fn count(self) -> usize {
+        self.0.count_ones() as usize
+    }
+
+    /// Their bytes in a page, adjacent parts together, ascending.
+    pub fn ranges(self) -> impl Iterator<Item = Range<usize>> {
+        let mut rest = u32::from(self.0);
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            let start = at + rest.trailing_zeros() as usize;
+            rest = rest.checked_shr(rest.trailing_zeros()).filter(|rest| *rest > 0)?;
+            at = start + rest.trailing_ones() as usize;
+            rest >>= rest.trailing_ones();
+            Some(start * PART_BYTES..at * PART_BYTES)
+        })
+    }
+}
+
 /// Adjacent pages of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Run {
     /// Which.
     pub range: PageRange,
-    /// All of their bytes are zero, and not in the batch.
-    pub zero: bool,
+    /// What of each is in the batch: nothing if all of their bytes are zero, and not everything if the target has the
+    /// rest.
+    pub parts: Parts,
+}
+
+impl Run {
+    /// Whether its pages are zeros.
+    pub fn is_zero(&self) -> bool {
+        self.parts == Parts::NONE
+    }
+
+    /// Bytes that it has in the batch.
+    fn bytes(&self) -> usize {
+        // At most MAX_DATA_PAGES of them with any.
+        if self.is_zero() { 0 } else { self.range.count() as usize * self.parts.count() * PART_BYTES }
+    }
 }
 
 /// Pages of one process, decoded and checked.
@@ -93,7 +147,7 @@ pub struct Batch<'a> {
     pub round: u32,
     /// Which pages, ascending.
     pub runs: Vec<Run>,
-    /// The bytes of the runs that are not zero, one after the other.
+    /// What is there of the bytes of the runs, one after the other.
     pub data: Cow<'a, [u8]>,
 }
 
@@ -112,20 +166,19 @@ impl<'a> Batch<'a> {
         let codec = Codec::from_id(codec)?;
         let (data, runs) = header.body(bytes)?;
         let runs = decode_runs(runs)?;
-        let with_data: u64 = runs.iter().filter(|run| !run.zero).map(|run| run.range.count()).sum();
+        let with_data: u64 = runs.iter().filter(|run| !run.is_zero()).map(|run| run.range.count()).sum();
         if with_data > MAX_DATA_PAGES as u64 {
             return Err(FrameError::TooMany);
         }
-        let data = codec.unpack(data, with_data as usize * PAGE_BYTES)?;
+        let data = codec.unpack(data, runs.iter().map(Run::bytes).sum())?;
         Ok(Self { vpid: header.vpid, generation: header.generation, round: header.third, runs, data })
     }
 
-    /// The runs with their bytes; zero runs have none.
+    /// The runs with the bytes of their pages' parts, page by page; zero runs have none.
     pub fn pieces(&self) -> impl Iterator<Item = (Run, &[u8])> {
         let mut rest: &[u8] = &self.data;
         self.runs.iter().map(move |run| {
-            let length = if run.zero { 0 } else { run.range.count() as usize * PAGE_BYTES };
-            let (bytes, after) = rest.split_at_checked(length).unwrap_or((rest, &[]));
+            let (bytes, after) = rest.split_at_checked(run.bytes()).unwrap_or((rest, &[]));
             rest = after;
             (*run, bytes)
         })
@@ -170,15 +223,19 @@ impl ManifestPart {
             return Err(FrameError::Reserved);
         }
         let (_, runs) = header.body(bytes)?;
-        let ranges = decode_runs(runs)?.into_iter().map(|run| run.range).collect();
+        let runs = decode_runs(runs)?;
+        if !runs.iter().all(Run::is_zero) {
+            return Err(FrameError::Reserved);
+        }
+        let ranges = runs.into_iter().map(|run| run.range).collect();
         Ok(Self { vpid: header.vpid, generation: header.generation, last: header.third == 1, ranges })
     }
 
     /// `ranges` are ascending, at most [`MAX_RUNS`], none longer than [`MAX_RUN_PAGES`].
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut bytes = vec![0; HEADER];
-        let runs =
-            append_runs(&mut bytes, self.ranges.iter().map(|range| Run { range: *range, zero: false }));
+        let runs = self.ranges.iter().map(|range| Run { range: *range, parts: Parts::NONE });
+        let runs = append_runs(&mut bytes, runs);
         let third = u32::from(self.last);
         let header = Header { first: 0, vpid: self.vpid, third, generation: self.generation, runs, data: 0 };
         header.write(&mut bytes, MANIFEST_MAGIC);
@@ -262,9 +319,9 @@ impl Header {
 fn append_runs(bytes: &mut Vec<u8>, runs: impl Iterator<Item = Run>) -> u32 {
     let mut count = 0;
     for run in runs {
-        let zero = if run.zero { ZERO } else { 0 };
+        let parts = u64::from(run.parts.0) << (PAGE_BITS + COUNT_BITS);
         for piece in split_runs(&[run.range]) {
-            bytes.extend((piece.start().0 | piece.count() << PAGE_BITS | zero).to_le_bytes());
+            bytes.extend((piece.start().0 | piece.count() << PAGE_BITS | parts).to_le_bytes());
             count += 1;
         }
     }
@@ -278,11 +335,15 @@ fn decode_runs(bytes: &[u8]) -> Result<Vec<Run>, FrameError> {
     for (index, word) in words.iter().enumerate() {
         let word = u64::from_le_bytes(*word);
         let start = PageNo(word & ((1 << PAGE_BITS) - 1));
-        let count = (word & !ZERO) >> PAGE_BITS;
+        let count = word >> PAGE_BITS & MAX_RUN_PAGES;
+        let [.., parts] = word.to_le_bytes();
+        if parts & !Parts::ALL.0 != 0 {
+            return Err(FrameError::Reserved);
+        }
         let range = PageRange::with_count(start, count).filter(|range| range.start() >= end);
         let range = range.ok_or(FrameError::Run { index })?;
         end = range.end();
-        runs.push(Run { range, zero: word & ZERO != 0 });
+        runs.push(Run { range, parts: Parts(parts) });
     }
     Ok(runs)
 }
@@ -294,13 +355,14 @@ mod tests {
 
     /// Ascending runs, built from gaps and lengths, with at most 60 pages of data.
     fn any_runs() -> impl Strategy<Value = Vec<Run>> {
-        let step = (0..1000_u64, 1..6_u64, any::<bool>(), any::<bool>());
+        let step = (0..1000_u64, 1..6_u64, 0..=Parts::ALL.0, any::<bool>());
         prop::collection::vec(step, 0..12).prop_map(|steps| {
             let mut next = 5;
             let mut runs = Vec::new();
-            for (gap, count, zero, huge) in steps {
-                let count = if zero && huge { count * 1_000_000 } else { count };
-                runs.push(Run { range: PageRange::with_count(PageNo(next + gap), count).unwrap(), zero });
+            for (gap, count, parts, huge) in steps {
+                let count = if parts == 0 && huge { count * 100_000 } else { count };
+                let range = PageRange::with_count(PageNo(next + gap), count).unwrap();
+                runs.push(Run { range, parts: Parts(parts) });
                 next += gap + count;
             }
             runs
@@ -308,8 +370,8 @@ mod tests {
     }
 
     fn encoded(runs: &[Run]) -> (Vec<u8>, Vec<u8>) {
-        let pages: u64 = runs.iter().filter(|run| !run.zero).map(|run| run.range.count()).sum();
-        let data: Vec<u8> = (0..pages as usize * PAGE_BYTES).map(|index| (index / 7) as u8).collect();
+        let parts: usize = runs.iter().map(|run| run.range.count() as usize * run.parts.count()).sum();
+        let data: Vec<u8> = (0..parts * PART_BYTES).map(|index| (index / 7) as u8).collect();
         let mut bytes = vec![0; HEADER];
         bytes.extend(&data);
         let head = BatchHead { vpid: Vpid(7), generation: Generation(1 << 40), round: 3, runs };
@@ -352,8 +414,7 @@ mod tests {
             let Ok(batch) = Batch::decode(&bytes) else { return Ok(()) };
             prop_assert!(batch.runs.windows(2).all(|pair| pair[0].range.end() <= pair[1].range.start()));
             for (run, bytes) in batch.pieces() {
-                let expected = if run.zero { 0 } else { run.range.count() as usize * PAGE_BYTES };
-                prop_assert_eq!(bytes.len(), expected);
+                prop_assert_eq!(bytes.len(), run.range.count() as usize * run.parts.count() * PART_BYTES);
             }
         }
 
@@ -377,15 +438,17 @@ mod tests {
     #[test]
     fn a_zero_run_costs_its_header_only_and_long_ones_are_split() {
         let range = PageRange::with_count(PageNo(1), 3 * MAX_RUN_PAGES).unwrap();
-        let (bytes, _) = encoded(&[Run { range, zero: true }]);
+        let (bytes, _) = encoded(&[Run { range, parts: Parts::NONE }]);
         assert_eq!(bytes.len(), HEADER + 3 * RUN);
         assert_eq!(Batch::decode(&bytes).unwrap().runs.len(), 3);
     }
 
     #[test]
     fn more_data_than_allowed_and_overlapping_runs_are_refused() {
-        let run =
-            |start, count| Run { range: PageRange::with_count(PageNo(start), count).unwrap(), zero: false };
+        let run = |start, count| Run {
+            range: PageRange::with_count(PageNo(start), count).unwrap(),
+            parts: Parts::ALL,
+        };
         let (bytes, _) = encoded(&[run(1, MAX_DATA_PAGES as u64), run(1000, 1)]);
         assert_eq!(Batch::decode(&bytes), Err(FrameError::TooMany));
         let (bytes, _) = encoded(&[run(10, 2), run(11, 2)]);

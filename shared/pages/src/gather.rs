@@ -9,7 +9,7 @@ use haulage_sys::vm_read::VmReader;
 use haulage_sys::{CallError, Errno, PAGE_BYTES, PAGE_SIZE};
 
 use crate::codec::Codec;
-use crate::frame::{BatchHead, HEADER, MAX_DATA_PAGES, RUN, Run};
+use crate::frame::{BatchHead, HEADER, MAX_DATA_PAGES, Parts, RUN, Run};
 use crate::process::{Generation, Process, Vpid};
 use crate::range::{PageNo, PageRange, RangeSet};
 
@@ -23,19 +23,24 @@ pub struct PageBatch {
     pub(crate) round: u32,
     /// Ascending.
     pub(crate) runs: Vec<Run>,
-    /// Room for the header, then the bytes of the runs that are not zero.
+    /// Room for the header, then what is to go of the bytes of the runs.
     pub(crate) buffer: Vec<u8>,
 }
 
 impl PageBatch {
     /// Pages with data in it, at most [`MAX_DATA_PAGES`].
     pub fn data_pages(&self) -> u64 {
-        self.count(false)
+        self.count(|run| !run.is_zero())
+    }
+
+    /// Those of them of which only parts are in it.
+    pub fn partial_pages(&self) -> u64 {
+        self.count(|run| !run.is_zero() && run.parts != Parts::ALL)
     }
 
     /// Pages of zeros in it, which cost next to nothing.
     pub fn zero_pages(&self) -> u64 {
-        self.count(true)
+        self.count(Run::is_zero)
     }
 
     /// Whether nothing is left in it.
@@ -43,7 +48,7 @@ impl PageBatch {
         self.runs.is_empty()
     }
 
-    /// The bytes of its pages with data.
+    /// What is in it of the bytes of its pages.
     pub fn data(&self) -> &[u8] {
         self.buffer.get(HEADER..).unwrap_or_default()
     }
@@ -69,8 +74,8 @@ impl PageBatch {
         BatchHead { vpid, generation, round, runs }
     }
 
-    fn count(&self, zero: bool) -> u64 {
-        self.runs.iter().filter(|run| run.zero == zero).map(|run| run.range.count()).sum()
+    fn count(&self, which: impl Fn(&Run) -> bool) -> u64 {
+        self.runs.iter().filter(|run| which(run)).map(|run| run.range.count()).sum()
     }
 }
 
@@ -250,21 +255,21 @@ fn squeeze_zeros(pages: &RangeSet, bytes: &mut Vec<u8>) -> Vec<Run> {
                 to += PAGE_BYTES;
             }
             from += PAGE_BYTES;
-            append(&mut runs, PageNo(page), zero);
+            append(&mut runs, PageNo(page), if zero { Parts::NONE } else { Parts::ALL });
         }
     }
     bytes.truncate(to);
     runs
 }
 
-pub(crate) fn append(runs: &mut Vec<Run>, page: PageNo, zero: bool) {
+pub(crate) fn append(runs: &mut Vec<Run>, page: PageNo, parts: Parts) {
     let extended = runs
         .last()
-        .filter(|last| last.zero == zero && last.range.end() == page)
+        .filter(|last| last.parts == parts && last.range.end() == page)
         .and_then(|last| PageRange::with_count(last.range.start(), last.range.count() + 1));
     match (extended, runs.last_mut()) {
         (Some(range), Some(last)) => last.range = range,
-        _ => runs.extend(PageRange::with_count(page, 1).map(|range| Run { range, zero })),
+        _ => runs.extend(PageRange::with_count(page, 1).map(|range| Run { range, parts })),
     }
 }
 
@@ -311,7 +316,7 @@ pub(crate) mod tests {
             for (run, bytes) in Batch::decode(&batch.clone().into_frame()).unwrap().pieces() {
                 let start = offset + (run.range.start().0 - first.0) as usize * PAGE_BYTES;
                 let there = &memory[start..start + run.range.count() as usize * PAGE_BYTES];
-                assert!(if run.zero { there.iter().all(|byte| *byte == 0) } else { there == bytes });
+                assert!(if run.is_zero() { there.iter().all(|byte| *byte == 0) } else { there == bytes });
             }
         }
     }

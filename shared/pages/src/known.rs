@@ -1,26 +1,31 @@
 //! What the target has of each page, as hashes: pages that were written without being changed need not go again, and a
 //! page that another one equals goes as the name of that one.
 //!
+//! So does a page of which some parts are still as the target has them: only the others go.
+//!
 //! # Why this is safe
-//! Two pages count as equal when the first 128 bits of their BLAKE3 hashes are. Among all pages of 1 TiB of memory in
-//! 100 rounds the odds of one wrong match are below 2^-58, far below those of a memory error that no code notices. A
-//! container that looks for a collision on purpose needs 2^64 hashes, and would spoil its own memory only.
+//! Two parts of pages (1 KiB) count as equal when their 64-bit XXH3 hashes are. Among all pages of 1 TiB of memory in 100
+//! rounds the odds of one wrong match are 2^-27, far below those of a memory error that no code notices. The hashes are
+//! seeded anew for each migration, so that a container cannot look for a collision; it would spoil its own memory only.
 //!
 //! The account of a page always tells what the target has of it, once all that was sent has been stored: it changes
 //! when the page goes, whatever way it goes, and is dropped when it goes unlooked at. A page is named only if it cannot
 //! go again in the same round: it lies before the present one in the order in which a round is read. The target looks
 //! names up when it has stored everything else of the round ([`crate::named`]), so that batches may come in any order.
+//! Parts of a page it puts where the others are: those came in an earlier round.
 //!
 //! # Memory
-//! At most a hundredth of the container's: 16 bytes for a page, in leaves of 64 pages, up to 16 bytes for finding a page
-//! by its hash. What does not fit is sent as if nothing were known. A container's memory counts what processes share
+//! At most 1.2 % of the container's: 32 bytes for a page, in leaves of 64 pages, up to 8 bytes for finding a page
+//! by its hashes. What does not fit is sent as if nothing were known. A container's memory counts what processes share
 //! once, so pages that do not fit are mostly those that can be named.
 
 use std::collections::{HashMap, HashSet};
+use std::hash::{BuildHasher, RandomState};
 
 use haulage_sys::PAGE_BYTES;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use crate::frame::{HEADER, PAGE_BITS};
+use crate::frame::{HEADER, PAGE_BITS, PART_BYTES, PARTS, Parts};
 use crate::gather::{PageBatch, append};
 use crate::named::{MAX_NAMED_RUN, Named, NamedRun, Owner};
 use crate::range::{PageNo, PageRange};
@@ -28,15 +33,14 @@ use crate::range::{PageNo, PageRange};
 const LEAF_PAGES: u64 = 64;
 /// Places for pages with hashes that fall together.
 const WAYS: usize = 4;
-/// Bytes of a leaf, and of its place in the map.
-const LEAF_BYTES: u64 = LEAF_PAGES * 16 + 120;
 /// The least memory that is reckoned with.
 const LEAST_MEMORY: u64 = 64 << 20;
 
-type Hash = [u8; 16];
-/// The account of a page of which nothing is known. That a page has this hash is as likely as a wrong match.
-const UNKNOWN: Hash = [0; 16];
-type Leaf = Box<[Hash; LEAF_PAGES as usize]>;
+/// The hashes of the parts of a page.
+type Account = [u64; PARTS];
+/// The account of a page of which nothing is known. That a page has it is less likely than a wrong match.
+const UNKNOWN: Account = [0; PARTS];
+type Leaf = Box<[Account; LEAF_PAGES as usize]>;
 
 /// What is left of a batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,11 +56,12 @@ pub struct Sifted {
 /// The account of what the target has.
 #[derive(Debug)]
 pub struct Known {
+    seed: u64,
     owners: HashMap<Owner, u32>,
     by_number: Vec<Owner>,
     leaves: HashMap<(u32, u64), Leaf>,
     most_leaves: usize,
-    /// In sets of [`WAYS`], by a part of the hash: owner's number (28 bits), page (36 bits), plus one; zero for none. May
+    /// In sets of [`WAYS`], by the account: owner's number (28 bits), page (36 bits), plus one; zero for none. May
     /// be out of date.
     places: Vec<u64>,
     round: u32,
@@ -67,7 +72,8 @@ pub struct Known {
 }
 
 enum Verdict {
-    Goes,
+    /// Of these parts.
+    Goes(Parts),
     Unchanged,
     Named(u32, PageNo),
 }
@@ -76,13 +82,14 @@ impl Known {
     /// Nothing is known of a container that uses `memory` bytes.
     pub fn new(memory: u64) -> Self {
         let memory = memory.max(LEAST_MEMORY);
-        // The largest power of two that is no more than two for each page.
-        let places = 2_u64 << (memory / PAGE_BYTES as u64).ilog2();
+        // The largest power of two that is no more than one for each page.
+        let places = 1_u64 << (memory / PAGE_BYTES as u64).ilog2();
         Self {
+            seed: RandomState::new().hash_one(0),
             owners: HashMap::new(),
             by_number: Vec::new(),
             leaves: HashMap::new(),
-            most_leaves: (memory / 10_000 * 45 / LEAF_BYTES) as usize,
+            most_leaves: (memory.div_ceil(LEAF_PAGES * PAGE_BYTES as u64)) as usize,
             places: vec![0; places as usize],
             round: 0,
             seen: HashSet::new(),
@@ -98,7 +105,7 @@ impl Known {
         let mut runs = Vec::with_capacity(batch.runs.len());
         let (mut from, mut to) = (HEADER, HEADER);
         for run in std::mem::take(&mut batch.runs) {
-            if run.zero {
+            if run.is_zero() {
                 self.forget(owner, run.range);
                 runs.push(run);
                 continue;
@@ -111,12 +118,12 @@ impl Known {
                         self.name(owner, page, other, place);
                         named += 1;
                     }
-                    Verdict::Goes => {
-                        if from != to {
-                            batch.buffer.copy_within(from..from + PAGE_BYTES, to);
+                    Verdict::Goes(parts) => {
+                        for part in parts.ranges() {
+                            batch.buffer.copy_within(from + part.start..from + part.end, to);
+                            to += part.len();
                         }
-                        to += PAGE_BYTES;
-                        append(&mut runs, page, false);
+                        append(&mut runs, page, parts);
                     }
                 }
                 from += PAGE_BYTES;
@@ -167,30 +174,42 @@ impl Known {
     }
 
     fn judge(&mut self, owner: u32, page: PageNo, bytes: &[u8]) -> Verdict {
-        let hash: Hash = blake3::hash(bytes).as_bytes().first_chunk().copied().unwrap_or(UNKNOWN);
-        if self.hash_of(owner, page) == hash && hash != UNKNOWN {
+        let hashes = self.account_for(bytes);
+        let before = self.account_of(owner, page);
+        if before == hashes {
             return Verdict::Unchanged;
         }
-        let remembered = self.remember(owner, page, hash);
-        let set = u64::from_le_bytes(hash.first_chunk().copied().unwrap_or_default());
+        let remembered = self.remember(owner, page, hashes);
+        let set = hashes.iter().fold(0_u64, |all, hash| all.rotate_left(5) ^ hash);
         let sets = (self.places.len() / WAYS).max(1);
         let first = (set % sets as u64) as usize * WAYS;
         let set = self.places.get(first..first + WAYS).unwrap_or_default();
         let like = set.iter().filter_map(|packed| place(*packed)).find(|(other, like)| {
             let stays = if *other == owner { *like < page } else { self.seen.contains(other) };
-            stays && self.hash_of(*other, *like) == hash
+            stays && self.account_of(*other, *like) == hashes
         });
         if let Some((other, like)) = like.filter(|_| self.named.len() < self.most_named) {
             return Verdict::Named(other, like);
         }
         if remembered && owner < 1 << 28 {
             let free = set.iter().position(|packed| *packed == 0);
-            let at = free.unwrap_or_else(|| usize::from(hash.last().copied().unwrap_or(0)) % WAYS);
+            let at = free.unwrap_or_else(|| (hashes.first().copied().unwrap_or(0) % WAYS as u64) as usize);
             if let Some(packed) = self.places.get_mut(first + at) {
                 *packed = (u64::from(owner) << PAGE_BITS | page.0) + 1;
             }
         }
-        Verdict::Goes
+        Verdict::Goes(match before == UNKNOWN {
+            true => Parts::ALL,
+            false => Parts::which(|part| before.get(part) != hashes.get(part)),
+        })
+    }
+
+    fn account_for(&self, page: &[u8]) -> Account {
+        let mut account = UNKNOWN;
+        for (hash, part) in account.iter_mut().zip(page.chunks_exact(PART_BYTES)) {
+            *hash = xxh3_64_with_seed(part, self.seed);
+        }
+        account
     }
 
     fn name(&mut self, owner: u32, page: PageNo, other: u32, place: PageNo) {
@@ -209,20 +228,20 @@ impl Known {
         }
     }
 
-    fn hash_of(&self, owner: u32, page: PageNo) -> Hash {
+    fn account_of(&self, owner: u32, page: PageNo) -> Account {
         let leaf = self.leaves.get(&(owner, page.0 / LEAF_PAGES));
         leaf.and_then(|leaf| leaf.get((page.0 % LEAF_PAGES) as usize)).copied().unwrap_or(UNKNOWN)
     }
 
     /// False when there is no room for it; then nothing is known of the page.
-    fn remember(&mut self, owner: u32, page: PageNo, hash: Hash) -> bool {
+    fn remember(&mut self, owner: u32, page: PageNo, account: Account) -> bool {
         let (key, full) = ((owner, page.0 / LEAF_PAGES), self.leaves.len() >= self.most_leaves);
         if full && !self.leaves.contains_key(&key) {
             return false;
         }
         let leaf = self.leaves.entry(key).or_insert_with(|| Box::new([UNKNOWN; LEAF_PAGES as usize]));
         if let Some(known) = leaf.get_mut((page.0 % LEAF_PAGES) as usize) {
-            *known = hash;
+            *known = account;
         }
         true
     }

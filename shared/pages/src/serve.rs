@@ -26,7 +26,7 @@ use haulage_sys::PAGE_SIZE;
 use haulage_sys::lazy::{FileSource, Filled, MissingMemory};
 
 use crate::absent::{Absent, Missing};
-use crate::frame::Batch;
+use crate::frame::{Batch, Parts};
 use crate::owed::Ask;
 use crate::process::Vpid;
 use crate::range::{PageNo, PageRange, RangeSet};
@@ -57,6 +57,9 @@ pub enum ServeError {
     /// A process that the store does not know, or that came twice.
     #[error("process {0} is not expected")]
     Stranger(Vpid),
+    /// The source has sent parts of pages of which nothing is stored.
+    #[error("only parts have come of owed pages of process {0}")]
+    Partial(Vpid),
 }
 
 /// The address space of a process that is being filled.
@@ -180,16 +183,19 @@ impl PageServer {
     pub fn arrive(&mut self, batch: &Batch<'_>) -> Result<(), ServeError> {
         let vpid = batch.vpid;
         for (run, bytes) in batch.pieces() {
+            if ![Parts::NONE, Parts::ALL].contains(&run.parts) {
+                return Err(ServeError::Partial(vpid));
+            }
             let owed = self.store.still_owed(vpid, batch.generation, run.range);
             for part in owed.ok_or(ServeError::Stranger(vpid))? {
                 let from = ((part.start().0 - run.range.start().0) * PAGE_SIZE) as usize;
                 let here = bytes.get(from..from + (part.count() * PAGE_SIZE) as usize).unwrap_or_default();
-                self.store.settle(vpid, part, (!run.zero).then_some(here))?;
+                self.store.settle(vpid, part, (!run.is_zero()).then_some(here))?;
                 let asked = self.asked.get(&vpid).map_or(0, |asked| overlap(asked, part));
                 self.served.pulled += asked;
                 self.served.pushed += part.count() - asked;
                 let spaces = self.spaces.values_mut().filter(|space| space.vpid == vpid);
-                spaces.for_each(|space| space.receive(part, run.zero));
+                spaces.for_each(|space| space.receive(part, run.is_zero()));
             }
         }
         let ids: Vec<SpaceId> = self.spaces.keys().copied().collect();

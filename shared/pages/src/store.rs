@@ -18,6 +18,7 @@ use haulage_sys::{PAGE_BYTES, PAGE_SIZE};
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 
 use crate::chunk::{CHUNK_PAGES, Chunk, Piece};
+use crate::frame::{PART_BYTES, Parts};
 use crate::index::{Index, IndexError, Stored};
 use crate::named::Owner;
 use crate::object::{self, Place};
@@ -170,6 +171,47 @@ impl PageStore {
             chunk.latest = round;
             chunk.present = chunk.present.or(piece.bits());
             chunk.data = chunk.data.or(piece.bits());
+        }
+        Ok(())
+    }
+
+    /// Replaces `parts` of each page of `range`, of which all is stored, by `bytes`.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`] when a page is not stored, or as zeros. Some pages may have been changed then, as after an
+    /// error of the disk.
+    pub fn mend(
+        &mut self,
+        vpid: Vpid,
+        generation: Generation,
+        range: PageRange,
+        parts: Parts,
+        bytes: &[u8],
+    ) -> Result<(), StoreError> {
+        let one = parts.count() * PART_BYTES;
+        if bytes.len() as u64 != range.count() * one as u64 {
+            return Err(StoreError::Length { pages: range.count(), found: bytes.len() });
+        }
+        let round = self.round;
+        let mut rest = bytes.chunks_exact(one.max(1));
+        for piece in Piece::of(range) {
+            let stored = self.index.processes.get_mut(&vpid).filter(|stored| stored.generation == generation);
+            let chunk = stored.and_then(|stored| stored.chunks.get_mut(&piece.chunk));
+            let chunk = chunk.filter(|chunk| piece.bits().and_not(chunk.data).is_empty());
+            let Some(Chunk { slot: Some(slot), latest, .. }) = chunk else {
+                return Err(StoreError::Missing { vpid, range: piece.range });
+            };
+            *latest = round;
+            let slot = *slot;
+            for (page, bytes) in (piece.first()..).zip(rest.by_ref().take(piece.range.count() as usize)) {
+                let mut bytes = bytes;
+                for part in parts.ranges() {
+                    let (here, after) = bytes.split_at_checked(part.len()).unwrap_or_default();
+                    let at = offset(slot, page) + part.start as u64;
+                    self.data_of(vpid).write_all_at(here, at).map_err(|source| self.failed(source))?;
+                    bytes = after;
+                }
+            }
         }
         Ok(())
     }

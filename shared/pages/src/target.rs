@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::frame::{Batch, FrameError};
+use crate::frame::{Batch, FrameError, Parts};
 use crate::manifest::FinalManifest;
 use crate::named::Named;
 use crate::process::Vpid;
@@ -103,13 +103,14 @@ impl TargetEngine {
         self.store.enter_round(batch.round);
         let mut applied = Applied::default();
         for (run, bytes) in batch.pieces() {
-            if run.zero {
-                self.store.zero(batch.vpid, batch.generation, run.range)?;
-                applied.zero_pages += run.range.count();
-            } else {
-                self.store.write(batch.vpid, batch.generation, run.range, bytes)?;
-                applied.data_pages += run.range.count();
+            let (vpid, generation, range) = (batch.vpid, batch.generation, run.range);
+            match run.parts {
+                Parts::NONE => self.store.zero(vpid, generation, range)?,
+                Parts::ALL => self.store.write(vpid, generation, range, bytes)?,
+                parts => self.store.mend(vpid, generation, range, parts, bytes)?,
             }
+            let pages = if run.is_zero() { &mut applied.zero_pages } else { &mut applied.data_pages };
+            *pages += range.count();
         }
         Ok(applied)
     }

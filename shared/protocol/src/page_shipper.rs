@@ -135,6 +135,8 @@ pub struct Encoding {
     pub named: Pages,
     /// Pages that were written, but hold what the target has of them: they did not go.
     pub unchanged: Pages,
+    /// Those of the plain and packed ones of which the target had parts, so that only the others went.
+    pub partial: Pages,
 }
 
 impl Encoding {
@@ -152,6 +154,7 @@ impl AddAssign for Encoding {
         self.zstd += other.zstd;
         self.named += other.named;
         self.unchanged += other.unchanged;
+        self.partial += other.partial;
     }
 }
 
