@@ -9,7 +9,8 @@
 //! ```
 //! The interval is the longest of these: what an operator asks for; the time in which the faults that were seen are no
 //! more than the tax that is allowed; and, for a long pre-copy that gets nowhere, a second. The few rounds between the
-//! preparation of the target and the freeze keep none of them: the shorter one is, the less is left for the freeze.
+//! preparation of the target and the freeze keep none of them, unless they are many: the shorter one is, the less is
+//! left for the freeze, and the sooner it begins, the less it has to send.
 
 use haulage_protocol::job::{MAX_ROUND_INTERVAL_MS, Options};
 use haulage_protocol::page_shipper::RoundReport;
@@ -48,28 +49,42 @@ pub struct Pacing {
     pub pause: Micros,
 }
 
-/// When the next round of a pre-copy begins that has lasted `elapsed`.
+/// When the next round of a pre-copy begins that has lasted `elapsed`. If it `settles`, the target is prepared and the
+/// freeze is near.
 #[must_use]
-pub fn pacing(rounds: &[RoundReport], options: &Options, elapsed: Micros, ago: Ago) -> Pacing {
-    let interval = interval(rounds, options, elapsed, ago);
+pub fn pacing(
+    rounds: &[RoundReport],
+    options: &Options,
+    elapsed: Micros,
+    ago: Ago,
+    settles: bool,
+) -> Pacing {
+    let interval = interval(rounds, options, elapsed, ago, settles);
     let until =
         options.deadline_ms.map_or(Micros(u64::MAX), |ms| Micros(ms.saturating_mul(1000)).since(elapsed));
     let pause = if rounds.is_empty() { Micros(0) } else { interval.since(ago.last).min(until) };
     Pacing { interval, pause }
 }
 
-fn interval(rounds: &[RoundReport], options: &Options, elapsed: Micros, ago: Ago) -> Micros {
-    let asked = Micros(options.round_interval_ms.min(MAX_ROUND_INTERVAL_MS).saturating_mul(1000));
+fn interval(
+    rounds: &[RoundReport],
+    options: &Options,
+    elapsed: Micros,
+    ago: Ago,
+    settles: bool,
+) -> Micros {
+    let asked = if settles { 0 } else { options.round_interval_ms.min(MAX_ROUND_INTERVAL_MS) };
+    let asked = Micros(asked.saturating_mul(1000));
     let Some((last, before)) = rounds.split_last() else { return asked };
     let least = before.iter().rev().take(MOST_SETTLING).map(of).min();
     let is_stuck = least.is_some_and(|least| nowhere(least, of(last)));
-    let long = match is_stuck && (elapsed > LONG || rounds.len() > MANY) {
+    let long = match is_stuck && (elapsed > LONG && !settles || rounds.len() > MANY) {
         true => SECOND.max(Micros(elapsed.0 / PARTS)),
         false => Micros(0),
     };
     // P.Haul knows no such bound. And where a downtime must be kept, rounds that get nowhere come closer together,
     // since they leave less then.
-    let is_free = options.policy == Policy::Phaul || (is_stuck && is_strict(options));
+    let is_free = settles || options.policy == Policy::Phaul || (is_stuck && is_strict(options));
     let taxed = if is_free { Micros(0) } else { taxed(last, ago, options.max_tax_percent) };
     asked.max(long).max(taxed)
 }
@@ -119,7 +134,7 @@ mod tests {
     }
 
     fn pause(rounds: &[RoundReport], options: &Options, elapsed: Micros) -> Micros {
-        pacing(rounds, options, elapsed, ago(rounds)).pause
+        pacing(rounds, options, elapsed, ago(rounds), false).pause
     }
 
     const FREE: u8 = 100;
@@ -148,7 +163,7 @@ mod tests {
         assert_eq!(pause(&[], &asked, Micros(0)), Micros(0), "nothing to keep away from");
         assert_eq!(pause(&rounds, &asked, Micros(300_000)), Micros(700_000));
         let ago = Ago { last: Micros(1_200_000), before: None };
-        assert_eq!(pacing(&rounds, &asked, Micros(300_000), ago).pause, Micros(0), "it is over already");
+        assert_eq!(pacing(&rounds, &asked, Micros(300_000), ago, false).pause, Micros(0), "it is over already");
         let soon = Options { deadline_ms: Some(500), ..asked };
         assert_eq!(pause(&rounds, &soon, Micros(300_000)), Micros(200_000));
         assert_eq!(pause(&rounds, &soon, Micros(600_000)), Micros(0));
@@ -175,6 +190,16 @@ mod tests {
     }
 
     #[test]
+    fn near_the_freeze_only_many_rounds_that_get_nowhere_are_apart() {
+        let settling = |count: usize| {
+            let flat = vec![round(20_000, 500_000, 20_000); count];
+            pacing(&flat, &options(5), Micros(90_000_000), ago(&flat), true).pause
+        };
+        assert_eq!(settling(12), Micros(0));
+        assert!(settling(MANY + 1) > Micros(0));
+    }
+
+    #[test]
     fn neither_phaul_nor_a_downtime_that_must_be_kept_is_held_up_for_the_tax() {
         let stuck = [round(1 << 20, 10_000, 2000), round(2000, 10_000, 2000)];
         assert!(pause(&stuck, &options(5), Micros(20_000)) > Micros(0));
@@ -194,7 +219,7 @@ mod tests {
         ) {
             let rounds: Vec<_> = all.iter().map(|(dirty, took, left)| round(*dirty, *took, *left)).collect();
             let options = Options { round_interval_ms: asked, deadline_ms, ..options(tax) };
-            let Pacing { interval, pause } = pacing(&rounds, &options, Micros(elapsed), ago(&rounds));
+            let Pacing { interval, pause } = pacing(&rounds, &options, Micros(elapsed), ago(&rounds), false);
             prop_assert!(pause <= interval);
             prop_assert!(interval <= Micros(asked * 1000).max(SECOND).max(Micros(elapsed / PARTS)));
             prop_assert!(interval >= Micros(asked * 1000));

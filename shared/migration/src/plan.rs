@@ -112,7 +112,7 @@ impl Model {
     fn pacing(&self, options: &Options) -> Pacing {
         let mut ago = self.began.iter().rev().map(|began| micros(self.seconds - began));
         let ago = Ago { last: ago.next().unwrap_or_default(), before: ago.next() };
-        pacing(&self.rounds, options, micros(self.seconds), ago)
+        pacing(&self.rounds, options, micros(self.seconds), ago, false)
     }
 
     /// A round that may last for `interval`, or the last of all, in which nothing waits.

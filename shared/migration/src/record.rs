@@ -211,18 +211,14 @@ impl Migration {
     /// long before its answer as its source says that it took.
     #[must_use]
     pub fn pacing(&self, now: Micros) -> Pacing {
-        let mut options = self.job.options.clone();
-        if self.phase != Phase::PreCopy {
-            // The freeze is near: only a long time without getting anywhere puts these rounds apart.
-            (options.round_interval_ms, options.max_tax_percent) = (0, 100);
-        }
         let rounds = self.spans.iter().filter(|span| matches!(span.effect, Effect::RunRound(_)));
         let ends = rounds.filter_map(|span| span.to);
         let began: Vec<Micros> =
             ends.zip(&self.facts.rounds).map(|(to, round)| to.since(round.took)).collect();
         let mut ago = began.iter().rev().map(|began| now.since(*began));
         let ago = Ago { last: ago.next().unwrap_or_default(), before: ago.next() };
-        pacing(&self.facts.rounds, &options, self.pre_copied(now), ago)
+        let settles = self.phase != Phase::PreCopy;
+        pacing(&self.facts.rounds, &self.job.options, self.pre_copied(now), ago, settles)
     }
 
     /// Whether the container is to run on the target before all its memory is there.

@@ -1,10 +1,12 @@
 //! Our own engine, by its command line.
 
 use super::{Moved, Place, Subject, end_within, other};
+use crate::bench::about;
 use crate::bench::stats::figure;
 use crate::fleet::Fleet;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
+use std::fs;
 use std::net::SocketAddr;
 use std::process::Stdio;
 use std::time::Duration;
@@ -98,12 +100,21 @@ impl Subject for Haul<'_> {
             bail!("not migrated: {}", String::from_utf8_lossy(&output.stderr).trim());
         }
         self.host = to;
+        keep(&record)?;
         read(record)
     }
 
     fn remove(&mut self) -> Result<()> {
         self.place.remove()
     }
+}
+
+/// Writes a migration's record down, for whoever wants to know more than the tables say.
+fn keep(record: &Value) -> Result<()> {
+    let records = about::workspace()?.join("target/bench/records");
+    fs::create_dir_all(&records)?;
+    let id = record.get("id").and_then(Value::as_str).context("the record has no id")?;
+    fs::write(records.join(id).with_extension("json"), record.to_string()).context("keep a record")
 }
 
 /// Takes the figures out of a migration's record.
