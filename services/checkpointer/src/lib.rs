@@ -24,8 +24,10 @@ mod throttle;
 
 use std::collections::HashMap;
 use std::error::Error;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use haulage_criu::mask::{DEFAULT_PARENT, PagemapMask};
 use haulage_criu::swrk::Criu;
 use haulage_engine::Docker;
 use haulage_protocol::checkpointer::{
@@ -67,6 +69,13 @@ pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>
     };
     let docker = Docker::connect(shell.config.docker_socket().as_ref()).await?;
     shell.facts.insert("criu".to_owned(), version.to_string());
+    // So that the first freeze does not wait for it.
+    let first = criu.clone();
+    tokio::task::spawn_blocking(move || {
+        if let Err(error) = PagemapMask::prepare(&first, Path::new(DEFAULT_PARENT)) {
+            tracing::warn!(%error, "criu does not work behind a mask, so no container can be frozen");
+        }
+    });
     let service =
         Arc::new(Checkpointer { config: shell.config.clone(), docker, criu, sessions: Mutex::default() });
     let s = service.clone();

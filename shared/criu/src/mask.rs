@@ -8,15 +8,17 @@
 //! covers that file ([`crate::smaps`]).
 //!
 //! CRIU caches what it finds out about the kernel in `/run/criu.kdat`. A cache left by a CRIU without the mask says
-//! that the ioctl works, and one left by a masked CRIU says that it does not; so the masked one gets a cache of its own.
+//! that the ioctl works, and one left by a masked CRIU says that it does not; so the masked one gets a cache of its own,
+//! which is made once for a program of CRIU's and a process of ours.
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, ErrorKind};
 use std::ops::Range;
-use std::os::unix::fs::{DirBuilderExt, FileExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use haulage_sys::mount_ns::spawn_in_private_mounts;
 
@@ -82,8 +84,26 @@ pub struct PagemapMask {
     covered: Vec<(PathBuf, PathBuf)>,
 }
 
+/// What masked CRIUs find out about the kernel: the content of their cache, and of which program it is.
+#[derive(Debug, Default)]
+pub(crate) struct Findings(Mutex<Option<(Signature, Vec<u8>)>>);
+
+/// Tells a program from the one that replaces it.
+#[derive(Debug, PartialEq, Eq)]
+struct Signature {
+    inode: (u64, u64),
+    changed: (i64, i64),
+}
+
+impl Signature {
+    fn of(program: &Path) -> io::Result<Self> {
+        let is = fs::metadata(program)?;
+        Ok(Self { inode: (is.dev(), is.ino()), changed: (is.ctime(), is.ctime_nsec()) })
+    }
+}
+
 impl PagemapMask {
-    /// Makes ready for processes to be covered. Runs CRIU once for its cache, so it belongs before the freeze.
+    /// Makes ready for processes to be covered. The first time this runs CRIU for its cache, which takes some 30 ms.
     ///
     /// # Errors
     /// When `parent` is not on tmpfs, or CRIU fails its own check behind the mask.
@@ -102,7 +122,17 @@ impl PagemapMask {
         };
         sparse(&mask.hole)?;
         fs::create_dir(&run).map_err(at(&run))?;
-        mask.make_cache(criu, run)?;
+        let program = Signature::of(criu.program()).map_err(at(criu.program()))?;
+        let mut findings = criu.findings.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match findings.as_ref().filter(|(of, _)| *of == program) {
+            Some((_, cache)) => fs::write(&mask.cache, cache).map_err(at(&mask.cache))?,
+            None => {
+                mask.make_cache(criu, run)?;
+                let cache = fs::read(&mask.cache).map_err(at(&mask.cache))?;
+                *findings = Some((program, cache));
+            }
+        }
+        drop(findings);
         Ok(mask)
     }
 

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use haulage_sys::mount_ns;
@@ -14,6 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
+use crate::mask::Findings;
 use crate::rpc::{Kind, Request, Response};
 
 /// The longest answer that is accepted. CRIU's are well below 1 KiB.
@@ -61,15 +63,17 @@ pub enum RpcError {
 }
 
 /// Where CRIU is.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Criu {
     program: PathBuf,
+    /// For [`crate::mask`].
+    pub(crate) findings: Arc<Findings>,
 }
 
 impl Criu {
     /// CRIU at a given place.
     pub fn at(program: impl Into<PathBuf>) -> Self {
-        Self { program: program.into() }
+        Self { program: program.into(), findings: Arc::default() }
     }
 
     /// The first `criu` on `PATH`, as runc finds it too.
