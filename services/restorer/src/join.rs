@@ -23,13 +23,13 @@ pub(crate) fn join(received: &Path, store: &Path, complete: &Path) -> Result<Vec
     if let Some((vpid, _)) = store.processes().find(|(vpid, _)| !assembly.processes().contains(&vpid.0)) {
         return Err(Fault::new(IMAGES, format!("pages have come of process {vpid}, which no image names")));
     }
+    let left_out = LeftOut::read(received).map_err(fault(IMAGES))?;
+    assembly.add_shared(&left_out).map_err(fault(IMAGES))?;
     for pid in assembly.processes() {
         let runs = store.pages(Vpid(*pid)).iter().collect::<Vec<_>>().into_iter();
         let mut source = Stored { store: &store, vpid: Vpid(*pid), runs };
         assembly.add_pages(*pid, &mut source, Fill::Later).map_err(fault(IMAGES))?;
     }
-    let left_out = LeftOut::read(received).map_err(fault(IMAGES))?;
-    assembly.add_shared(&left_out).map_err(fault(IMAGES))?;
     let shared =
         left_out.objects.iter().map(|object| shared(&store, object)).collect::<Result<Vec<_>, _>>()?;
     if store.objects().count() != shared.len() {

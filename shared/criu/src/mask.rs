@@ -24,7 +24,7 @@ use haulage_sys::mount_ns::spawn_in_private_mounts;
 
 use crate::cause::Cause;
 use crate::image::PAGE_SIZE;
-use crate::shared::SharedMapping;
+use crate::shared::LeftOutMapping;
 use crate::smaps::{self, SmapsError};
 use crate::swrk::{Criu, WorkerView};
 
@@ -142,11 +142,12 @@ impl PagemapMask {
     /// # Errors
     /// When the process is gone or its pagemap cannot be read.
     pub fn cover(&mut self, pid: i32, hidden: &[Range<u64>]) -> Result<(), MaskError> {
-        self.cover_shared(pid, hidden, &[]).map(drop)
+        self.cover_shared(pid, hidden, &[], &[]).map(drop)
     }
 
     /// As [`Self::cover`], and of the shared mappings `unknown` (addresses, each exactly one mapping) CRIU does not even
-    /// know. They are returned, for [`crate::shared::LeftOut`].
+    /// know, nor of private ones in `needless`, all of which are hidden, as far as images can describe them. They are
+    /// returned, for [`crate::shared::LeftOut`].
     ///
     /// # Errors
     /// As there, and when some of them are not there.
@@ -155,7 +156,8 @@ impl PagemapMask {
         pid: i32,
         hidden: &[Range<u64>],
         unknown: &[Range<u64>],
-    ) -> Result<Vec<SharedMapping>, MaskError> {
+        needless: &[Range<u64>],
+    ) -> Result<Vec<LeftOutMapping>, MaskError> {
         let proc = PathBuf::from(format!("/proc/{pid}"));
         let (maps, real, copy) = (proc.join("maps"), proc.join("pagemap"), self.dir.join(pid.to_string()));
         let mappings = read_maps(&maps).map_err(at(&maps))?;
@@ -166,7 +168,10 @@ impl PagemapMask {
             copy_entries(&pagemap, &masked, shown).map_err(at(&real))?;
         }
         self.covered.push((copy, real));
-        if unknown.is_empty() { Ok(Vec::new()) } else { self.cover_smaps(pid, &proc, unknown) }
+        match unknown.is_empty() && needless.is_empty() {
+            true => Ok(Vec::new()),
+            false => self.cover_smaps(pid, &proc, unknown, needless),
+        }
     }
 
     fn cover_smaps(
@@ -174,10 +179,11 @@ impl PagemapMask {
         pid: i32,
         proc: &Path,
         unknown: &[Range<u64>],
-    ) -> Result<Vec<SharedMapping>, MaskError> {
+        needless: &[Range<u64>],
+    ) -> Result<Vec<LeftOutMapping>, MaskError> {
         let (real, copy) = (proc.join("smaps"), self.dir.join(format!("{pid}.smaps")));
         let smaps = fs::read(&real).map_err(at(&real))?;
-        let without = smaps::without(&String::from_utf8_lossy(&smaps), unknown);
+        let without = smaps::without(&String::from_utf8_lossy(&smaps), unknown, needless);
         let (rest, mappings) = without.map_err(|source| MaskError::Smaps { pid, source })?;
         fs::write(&copy, rest).map_err(at(&copy))?;
         self.covered.push((copy, real));

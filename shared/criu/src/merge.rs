@@ -145,8 +145,8 @@ impl Assembly {
         &self.processes
     }
 
-    /// Adds the mappings of shared memory that CRIU was not told of. Their memory is inherited by the restore, under the
-    /// keys of [`LeftOut::key`] and in the order of its objects.
+    /// Adds the mappings that CRIU was not told of, before any pages are. Shared memory is inherited by the restore, under
+    /// the keys of [`LeftOut::key`] and in the order of its objects.
     ///
     /// # Errors
     /// When CRIU has dumped something of it all the same, or something else in its place. The assembly is of no use
@@ -195,7 +195,8 @@ impl Assembly {
             out: File::create_new(&pages_out).map_err(io_at(&pages_out))?,
             pages_out,
             piece: vec![0; PIECE],
-            mappings: Mappings { all: mm::read(&self.received, pid)?, at: 0 },
+            // With those that CRIU was not told of.
+            mappings: Mappings { all: mm::read(&self.out, pid)?, at: 0 },
             done: Merged::default(),
         };
         let mut theirs = dumped.next_run()?;

@@ -1,4 +1,5 @@
-//! Shared memory that CRIU was not told of, in the images that it restores.
+//! Memory that CRIU was not told of, in the images that it restores: shared memory that we carry, and large private
+//! mappings, of which it would look at every page only to find that none is to be dumped.
 //!
 //! ```text
 //!  checkpointer: smaps ─► without ─► haul-shared.img ══► join: mm-<pid>.img + mappings, files.img + one file an object
@@ -26,14 +27,16 @@ const MEMFDS: &str = "memfd.img";
 const READ_WRITE: u32 = 2;
 /// `VMA_AREA_REGULAR` and `VMA_FILE_SHARED` of `criu/include/image.h`.
 const SHARED_FILE: u32 = 1 | 1 << 7;
+/// `VMA_AREA_REGULAR` and `VMA_ANON_PRIVATE`.
+const PRIVATE_MEMORY: u32 = 1 | 1 << 9;
 /// `REG` of `fd_types` in `images/fdinfo.proto`.
 const REGULAR: i32 = 1;
 /// The field of mappings in `images/mm.proto`.
 const MAPPINGS: u32 = 14;
 
-/// A mapping of an object. Addresses are in bytes, `end` exclusive.
+/// A mapping, of an object or private. Addresses are in bytes, `end` exclusive.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
-pub struct SharedMapping {
+pub struct LeftOutMapping {
     /// Its first byte.
     #[prost(uint64, required, tag = "1")]
     pub start: u64,
@@ -43,7 +46,7 @@ pub struct SharedMapping {
     /// Where in the object it begins, in bytes.
     #[prost(uint64, required, tag = "3")]
     pub offset: u64,
-    /// The object's inode number on the source.
+    /// The object's inode number on the source, 0 if it is private.
     #[prost(uint64, required, tag = "4")]
     pub object: u64,
     /// `PROT_…` bits.
@@ -55,6 +58,13 @@ pub struct SharedMapping {
     /// A bit for each advice of `madvise(2)` that is in force.
     #[prost(uint64, optional, tag = "7")]
     pub madv: Option<u64>,
+}
+
+impl LeftOutMapping {
+    /// Whether it is of no object, but of memory of its process's own.
+    pub fn is_private(&self) -> bool {
+        self.object == 0
+    }
 }
 
 /// An object.
@@ -70,24 +80,24 @@ pub struct SharedObject {
 
 /// The mappings of one process.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
-pub struct SharedProcess {
+pub struct LeftOutProcess {
     /// Its id in the images.
     #[prost(uint32, required, tag = "1")]
     pub pid: u32,
     /// In address order.
     #[prost(message, repeated, tag = "2")]
-    pub mappings: Vec<SharedMapping>,
+    pub mappings: Vec<LeftOutMapping>,
 }
 
-/// All shared memory that a dump has left out.
+/// All memory that a dump has left out altogether.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct LeftOut {
     /// The objects.
     #[prost(message, repeated, tag = "1")]
     pub objects: Vec<SharedObject>,
-    /// The processes that have some of them mapped.
+    /// The processes that have some of it mapped.
     #[prost(message, repeated, tag = "2")]
-    pub processes: Vec<SharedProcess>,
+    pub processes: Vec<LeftOutProcess>,
 }
 
 impl LeftOut {
@@ -206,7 +216,7 @@ pub(crate) fn add(left_out: &LeftOut, received: &Path, out: &Path, pids: &[u32])
     }
     refuse_known(left_out, received)?;
     let first = add_files(left_out, received, out)?;
-    for SharedProcess { pid, mappings } in &left_out.processes {
+    for LeftOutProcess { pid, mappings } in &left_out.processes {
         if !pids.contains(pid) {
             return Err(MergeError::NoProcess(*pid));
         }
@@ -258,7 +268,7 @@ fn add_mappings(
     left_out: &LeftOut,
     first_file: u32,
     pid: u32,
-    mappings: &[SharedMapping],
+    mappings: &[LeftOutMapping],
     received: &Path,
     out: &Path,
 ) -> Result<(), MergeError> {
@@ -276,21 +286,25 @@ fn add_mappings(
         }
     }
     for mapping in mappings {
-        let index = left_out.objects.iter().position(|object| object.id == mapping.object);
-        let index = index.ok_or(MergeError::Shared { object: mapping.object })?;
-        let entry = VmaEntry {
+        let mut entry = VmaEntry {
             start: mapping.start,
             end: mapping.end,
             offset: mapping.offset,
-            // Few enough: each has an entry in an image of limited size.
-            file: u64::from(first_file) + index as u64,
+            file: 0,
             prot: mapping.prot,
             flags: mapping.flags,
-            status: SHARED_FILE,
+            status: PRIVATE_MEMORY,
             fd: -1,
             madv: mapping.madv,
-            fdflags: Some(READ_WRITE),
+            fdflags: None,
         };
+        if !mapping.is_private() {
+            let index = left_out.objects.iter().position(|object| object.id == mapping.object);
+            let index = index.ok_or(MergeError::Shared { object: mapping.object })?;
+            // Few enough: each has an entry in an image of limited size.
+            entry.file = u64::from(first_file) + index as u64;
+            (entry.status, entry.fdflags) = (SHARED_FILE, Some(READ_WRITE));
+        }
         all.push((mapping.start, mapping.end, entry.encode_to_vec()));
     }
     all.sort_by_key(|(start, ..)| *start);
@@ -330,8 +344,8 @@ mod tests {
         VmaEntry { start, end, flags: 0x22, status: 1 << 9 | 1, fd: -1, ..VmaEntry::default() }
     }
 
-    fn ours(start: u64, end: u64) -> SharedMapping {
-        SharedMapping { start, end, offset: 0x3000, object: 77, prot: 3, flags: 1, madv: None }
+    fn ours(start: u64, end: u64) -> LeftOutMapping {
+        LeftOutMapping { start, end, offset: 0x3000, object: 77, prot: 3, flags: 1, madv: None }
     }
 
     /// Images of process 1, and links to them.
@@ -354,9 +368,9 @@ mod tests {
         (dir, received, out)
     }
 
-    fn left_out(mappings: Vec<SharedMapping>) -> LeftOut {
+    fn left_out(mappings: Vec<LeftOutMapping>) -> LeftOut {
         let objects = vec![SharedObject { id: 76, size: 0x1000 }, SharedObject { id: 77, size: 0x10_0000 }];
-        LeftOut { objects, processes: vec![SharedProcess { pid: 1, mappings }] }
+        LeftOut { objects, processes: vec![LeftOutProcess { pid: 1, mappings }] }
     }
 
     #[test]
@@ -394,7 +408,7 @@ mod tests {
         let stranger = add(&left_out(vec![]), &received, &out, &[2]).unwrap_err();
         assert!(matches!(stranger, MergeError::NoProcess(1)), "{stranger}");
         let (_dir, received, out) = images();
-        let nameless = SharedMapping { object: 78, ..ours(0x4000, 0x5000) };
+        let nameless = LeftOutMapping { object: 78, ..ours(0x4000, 0x5000) };
         let nameless = add(&left_out(vec![nameless]), &received, &out, &[1]).unwrap_err();
         assert!(matches!(nameless, MergeError::Shared { object: 78 }), "{nameless}");
         let (_dir, received, out) = images();
@@ -409,7 +423,7 @@ mod tests {
     fn what_was_left_out_is_read_as_it_was_written() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(LeftOut::read(dir.path()).unwrap(), LeftOut::default());
-        let left_out = left_out(vec![SharedMapping { madv: Some(1 << 14), ..ours(0x4000, 0x6000) }]);
+        let left_out = left_out(vec![LeftOutMapping { madv: Some(1 << 14), ..ours(0x4000, 0x6000) }]);
         left_out.write(dir.path()).unwrap();
         assert_eq!(LeftOut::read(dir.path()).unwrap(), left_out);
         assert!(left_out.write(dir.path()).is_err());

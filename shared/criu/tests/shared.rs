@@ -27,7 +27,7 @@ use haulage_criu::dump::Dump;
 use haulage_criu::image::ImageError;
 use haulage_criu::mask::{DEFAULT_PARENT, PagemapMask};
 use haulage_criu::merge::{Assembly, Fill};
-use haulage_criu::shared::{LeftOut, SharedObject, SharedProcess};
+use haulage_criu::shared::{LeftOut, LeftOutProcess, SharedObject};
 use haulage_criu::swrk::Criu;
 use rustix::fs::{MemfdFlags, memfd_create};
 
@@ -47,7 +47,7 @@ fn take(container: &Container) -> Carried {
     for pid in container.pids() {
         let (private, shared) = (container::tracked(pid), shared(pid));
         assert!(!shared.is_empty(), "process {pid} shares nothing");
-        let mappings = mask.cover_shared(pid, &private, &shared).unwrap();
+        let mappings = mask.cover_shared(pid, &private, &shared, &[]).unwrap();
         for mapping in &mappings {
             if carried.left_out.objects.iter().all(|object| object.id != mapping.object) {
                 let link = format!("/proc/{pid}/map_files/{:x}-{:x}", mapping.start, mapping.end);
@@ -61,7 +61,7 @@ fn take(container: &Container) -> Carried {
         }
         let vpid = container::vpid(pid);
         carried.private.insert(vpid, Stored::read(pid, &private));
-        carried.left_out.processes.push(SharedProcess { pid: vpid, mappings });
+        carried.left_out.processes.push(LeftOutProcess { pid: vpid, mappings });
     }
     carried.left_out.write(&container.images()).unwrap();
     let held = Dump::start(&criu, &container.request(), Some(mask)).unwrap();
@@ -121,10 +121,10 @@ fn what_criu_has_dumped_too_is_refused() {
     let mut mask = PagemapMask::prepare(&criu, Path::new(DEFAULT_PARENT)).unwrap();
     let mut left_out = LeftOut::default();
     for pid in container.pids().into_iter().skip(1) {
-        let mappings = mask.cover_shared(pid, &[], &shared(pid)).unwrap();
+        let mappings = mask.cover_shared(pid, &[], &shared(pid), &[]).unwrap();
         let ids = mappings.iter().map(|mapping| mapping.object);
         left_out.objects.extend(ids.map(|id| SharedObject { id, size: 1 << 20 }));
-        left_out.processes.push(SharedProcess { pid: container::vpid(pid), mappings });
+        left_out.processes.push(LeftOutProcess { pid: container::vpid(pid), mappings });
     }
     let held = Dump::start(&criu, &container.request(), Some(mask)).unwrap();
     let assembly = Assembly::begin(&container.images(), &container.complete()).unwrap();

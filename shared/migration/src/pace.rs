@@ -52,13 +52,7 @@ pub struct Pacing {
 /// When the next round of a pre-copy begins that has lasted `elapsed`. If it `settles`, the target is prepared and the
 /// freeze is near.
 #[must_use]
-pub fn pacing(
-    rounds: &[RoundReport],
-    options: &Options,
-    elapsed: Micros,
-    ago: Ago,
-    settles: bool,
-) -> Pacing {
+pub fn pacing(rounds: &[RoundReport], options: &Options, elapsed: Micros, ago: Ago, settles: bool) -> Pacing {
     let interval = interval(rounds, options, elapsed, ago, settles);
     let until =
         options.deadline_ms.map_or(Micros(u64::MAX), |ms| Micros(ms.saturating_mul(1000)).since(elapsed));
@@ -66,13 +60,7 @@ pub fn pacing(
     Pacing { interval, pause }
 }
 
-fn interval(
-    rounds: &[RoundReport],
-    options: &Options,
-    elapsed: Micros,
-    ago: Ago,
-    settles: bool,
-) -> Micros {
+fn interval(rounds: &[RoundReport], options: &Options, elapsed: Micros, ago: Ago, settles: bool) -> Micros {
     let asked = if settles { 0 } else { options.round_interval_ms.min(MAX_ROUND_INTERVAL_MS) };
     let asked = Micros(asked.saturating_mul(1000));
     let Some((last, before)) = rounds.split_last() else { return asked };
@@ -163,7 +151,11 @@ mod tests {
         assert_eq!(pause(&[], &asked, Micros(0)), Micros(0), "nothing to keep away from");
         assert_eq!(pause(&rounds, &asked, Micros(300_000)), Micros(700_000));
         let ago = Ago { last: Micros(1_200_000), before: None };
-        assert_eq!(pacing(&rounds, &asked, Micros(300_000), ago, false).pause, Micros(0), "it is over already");
+        assert_eq!(
+            pacing(&rounds, &asked, Micros(300_000), ago, false).pause,
+            Micros(0),
+            "it is over already"
+        );
         let soon = Options { deadline_ms: Some(500), ..asked };
         assert_eq!(pause(&rounds, &soon, Micros(300_000)), Micros(200_000));
         assert_eq!(pause(&rounds, &soon, Micros(600_000)), Micros(0));

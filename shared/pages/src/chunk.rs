@@ -48,6 +48,15 @@ impl Bits {
         self.zip(other, |one, other| one & !other)
     }
 
+    /// The first bit from `start` on that is set.
+    fn next(self, start: u64) -> Option<u64> {
+        let words = self.0.into_iter().zip((0..CHUNK_PAGES).step_by(WORD as usize));
+        words.skip((start / WORD) as usize).find_map(|(word, first)| {
+            let word = word & (u64::MAX << start.saturating_sub(first));
+            (word != 0).then(|| first + u64::from(word.trailing_zeros()))
+        })
+    }
+
     fn zip(mut self, other: Self, operation: impl Fn(u64, u64) -> u64) -> Self {
         for (one, other) in self.0.iter_mut().zip(other.0) {
             *one = operation(*one, other);
@@ -129,14 +138,14 @@ impl Chunk {
     pub(crate) fn runs(&self, index: u64) -> impl Iterator<Item = (PageRange, Kept)> + '_ {
         let mut page = 0;
         std::iter::from_fn(move || {
-            while page < CHUNK_PAGES && !self.present.contains(page) {
-                page += 1;
-            }
-            let start = page;
+            let start = self.present.next(page)?;
             let kept = self.kept(start);
-            while page < CHUNK_PAGES && self.present.contains(page) && self.kept(page) == kept {
-                page += 1;
-            }
+            let alike = match kept {
+                Kept::Owed => self.present.and(self.owed),
+                Kept::InFile => self.present.and(self.data).and_not(self.owed),
+                Kept::Zero => self.present.and_not(self.data).and_not(self.owed),
+            };
+            page = Bits([u64::MAX; WORDS]).and_not(alike).next(start).unwrap_or(CHUNK_PAGES);
             let first = PageNo(index * CHUNK_PAGES + start);
             Some((PageRange::with_count(first, page - start)?, kept))
         })
@@ -155,6 +164,21 @@ mod tests {
             let bits = Bits::of(start, end);
             prop_assert!((0..CHUNK_PAGES).all(|bit| bits.contains(bit) == (start..end).contains(&bit)));
             prop_assert_eq!(bits.count(), end - start);
+        }
+
+        #[test]
+        fn runs_are_as_page_by_page(bits in prop::array::uniform3(prop::array::uniform8(any::<u64>()))) {
+            let [present, data, owed] = bits.map(|words| Bits(words.map(|word| word & word.rotate_left(9) | word << 40)));
+            let chunk = Chunk { present, data, owed, ..Chunk::default() };
+            let mut found = [None; CHUNK_PAGES as usize];
+            let mut end = 0;
+            for (run, kept) in chunk.runs(3) {
+                prop_assert!(run.start().0 >= end);
+                end = run.end().0;
+                (run.start().0..end).for_each(|page| found[(page - 3 * CHUNK_PAGES) as usize] = Some(kept));
+            }
+            let expected = (0..CHUNK_PAGES).map(|page| present.contains(page).then(|| chunk.kept(page)));
+            prop_assert_eq!(expected.collect::<Vec<_>>(), found);
         }
 
         #[test]
