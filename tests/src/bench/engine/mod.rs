@@ -3,6 +3,7 @@
 mod copy;
 mod docker;
 mod haul;
+mod network;
 mod runc;
 
 pub use haul::{Capabilities, policies};
