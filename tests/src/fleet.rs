@@ -317,11 +317,16 @@ fn check_machine() -> Result<()> {
     if !rustix::process::geteuid().is_root() {
         bail!("a fleet makes namespaces and Docker engines: run as root");
     }
-    let path = std::env::var_os("PATH").unwrap_or_default();
     for program in ["dockerd", "docker", "runc", "criu", "nats-server", "ip", "nsenter", "busybox", "cc"] {
-        if !std::env::split_paths(&path).any(|directory| directory.join(program).exists()) {
+        if !is_on_path(program) {
             bail!("{program} is not on PATH: run deploy/setup");
         }
     }
     Ok(())
+}
+
+/// Whether a program is installed.
+pub(crate) fn is_on_path(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|directory| directory.join(program).exists())
 }

@@ -157,14 +157,24 @@ impl Host {
     /// A command that runs `program` in the host's network and mount namespaces.
     #[must_use]
     pub fn command(&self, program: &Path) -> Command {
+        self.command_in(&self.netns, program)
+    }
+
+    /// As [`Host::command`], but in the network namespace of that name.
+    #[must_use]
+    pub fn command_in(&self, netns: &str, program: &Path) -> Command {
         let pid = self.engine.pid();
         let mut command = Command::new("nsenter");
-        command
-            .arg(format!("--net=/run/netns/{}", self.netns))
-            .arg(format!("--mount=/proc/{pid}/ns/mnt"))
-            .arg("--");
+        command.arg(format!("--net=/run/netns/{netns}")).arg(format!("--mount=/proc/{pid}/ns/mnt")).arg("--");
         command.arg(program);
         command
+    }
+
+    /// Where a path of the host's mount namespace is to be found from outside.
+    #[must_use]
+    pub fn seen_inside(&self, path: &Path) -> PathBuf {
+        let root = PathBuf::from(format!("/proc/{}/root", self.engine.pid()));
+        root.join(path.strip_prefix("/").unwrap_or(path))
     }
 
     /// Starts `command`, made by [`Host::command`], as a process of the fleet that logs to `<name>.log` in the

@@ -9,7 +9,8 @@ use std::path::Path;
 use std::time::Duration;
 
 /// Programs whose processes a fleet starts, directly or not.
-const PROGRAMS: [&str; 12] = [
+const PROGRAMS: [&str; 14] = [
+    "conmon",
     "containerd",
     "containerd-shim",
     "criu",
@@ -19,6 +20,7 @@ const PROGRAMS: [&str; 12] = [
     "haul",
     "haul-",
     "nats-server",
+    "podman",
     "redis-server",
     "runc",
     "tar",

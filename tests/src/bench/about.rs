@@ -52,6 +52,7 @@ impl About {
             version("haul", &fleet.binaries().join("haul"), &["--version"]),
             version("dockerd", Path::new("dockerd"), &["--version"]),
             version("runc", Path::new("runc"), &["--version"]),
+            version("podman", Path::new("podman"), &["--version"]),
             version("criu", Path::new("criu"), &["--version"]),
             version("nats-server", Path::new("nats-server"), &["--version"]),
         ];

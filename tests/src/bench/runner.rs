@@ -107,8 +107,7 @@ impl<'f> Runner<'f> {
             Engine::Haul(Some(policy)) if !self.knows.knows_policy(policy) => {
                 Some(format!("this build of haul has no `--policy {policy}`"))
             }
-            Engine::Podman => Some("the benchmark has no way to drive podman yet".to_owned()),
-            _ => None,
+            _ => engine::why_not(engine),
         }
     }
 

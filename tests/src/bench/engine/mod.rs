@@ -3,6 +3,8 @@
 mod copy;
 mod docker;
 mod haul;
+mod network;
+mod podman;
 mod runc;
 
 pub use haul::{Capabilities, policies};
@@ -87,8 +89,14 @@ pub fn start<'f>(fleet: &'f Fleet, cell: &Cell, engine: Engine, index: u8) -> Re
         Engine::Haul(policy) => Box::new(haul::Haul::start(place, policy, cell.haul)?),
         Engine::Runc => Box::new(runc::Runc::start(place)?),
         Engine::Docker => Box::new(docker::Docker::start(place)?),
-        Engine::Podman => bail!("the benchmark has no way to drive podman yet"),
+        Engine::Podman => Box::new(podman::Podman::start(place)?),
     })
+}
+
+/// Why an engine cannot take part on this machine.
+#[must_use]
+pub fn why_not(engine: Engine) -> Option<String> {
+    matches!(engine, Engine::Podman).then(podman::why_not).flatten()
 }
 
 /// What runs in the container.

@@ -4,9 +4,9 @@
 //! namespace of the target are made before the move is asked for. Connections survive, and those that the server has not
 //! accepted yet are no obstacle.
 
-use super::{Moved, Place, REMOVE, Subject, announce, copy::copy, end_within, ms, other};
+use super::{Moved, Place, REMOVE, Subject, copy::copy, end_within, ms, network::drop_tcp, other};
 use crate::host::Host;
-use crate::process::{feed, finish, run, tail};
+use crate::process::{finish, run, tail};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use std::fs;
@@ -28,9 +28,9 @@ impl<'f> Runc<'f> {
         for host in 0..2 {
             this.make_bundle(host).context("make a bundle for runc")?;
         }
-        this.make_network(0)?;
-        this.open_network(0)?;
-        drop_tcp(&this.netns(0), false)?;
+        this.place.make_network(0)?;
+        this.place.open_network(0)?;
+        drop_tcp(&this.place.netns(0), false)?;
         let mut command = this.runc(0, &["run", "--detach", "--bundle"]);
         command.arg(this.directory(0).join("bundle")).arg(this.place.name());
         if let Err(e) = this.finish(0, &mut command, REMOVE) {
@@ -46,10 +46,6 @@ impl<'f> Runc<'f> {
 
     fn directory(&self, host: usize) -> PathBuf {
         self.at(host).directory().join(self.place.name())
-    }
-
-    fn netns(&self, host: usize) -> String {
-        format!("{}-{}", self.at(host).netns(), self.place.name())
     }
 
     fn images(&self, host: usize) -> PathBuf {
@@ -119,44 +115,10 @@ impl<'f> Runc<'f> {
                 "cgroupsPath": format!("/{}/{}", self.place.fleet.name(), self.place.name()),
                 "namespaces": [
                     { "type": "pid" }, { "type": "ipc" }, { "type": "uts" }, { "type": "mount" },
-                    { "type": "network", "path": format!("/run/netns/{}", self.netns(host)) },
+                    { "type": "network", "path": format!("/run/netns/{}", self.place.netns(host)) },
                 ],
             },
         })
-    }
-
-    /// Makes the network namespace on a host, with the container's address on an interface that is down still.
-    fn make_network(&self, host: usize) -> Result<()> {
-        let (netns, outer) = (self.netns(host), self.at(host).netns());
-        let link = format!("mv{}", self.place.index);
-        let address = self.place.fleet.container_address(self.place.index);
-        // As Docker makes them: 02:42 and the address.
-        let [a, b, c, d] = address.octets();
-        let mac = format!("02:42:{a:02x}:{b:02x}:{c:02x}:{d:02x}");
-        run("ip", &["netns", "add", &netns])?;
-        let add = ["-n", outer, "link", "add", &link, "link", "eth0", "address", &mac];
-        run("ip", &[add.as_slice(), &["netns", &netns, "type", "macvlan", "mode", "bridge"]].concat())?;
-        run("ip", &["-n", &netns, "link", "set", &link, "name", "eth0"])?;
-        run("ip", &["-n", &netns, "addr", "add", &format!("{address}/24"), "dev", "eth0"])?;
-        // Until its sockets are back, the kernel would reset the connections of whoever writes.
-        drop_tcp(&netns, true)
-    }
-
-    /// Puts the address into use.
-    fn open_network(&self, host: usize) -> Result<()> {
-        let netns = self.netns(host);
-        run("ip", &["-n", &netns, "link", "set", "lo", "up"])?;
-        run("ip", &["-n", &netns, "link", "set", "eth0", "up"])?;
-        announce(format!("/run/netns/{netns}"), self.place.fleet.container_address(self.place.index));
-        Ok(())
-    }
-
-    fn remove_network(&self, host: usize) -> Result<()> {
-        let netns = self.netns(host);
-        if PathBuf::from("/run/netns").join(&netns).exists() {
-            run("ip", &["netns", "delete", &netns])?;
-        }
-        Ok(())
     }
 }
 
@@ -175,8 +137,8 @@ impl Subject for Runc<'_> {
 
     fn prepare(&mut self) -> Result<()> {
         let to = other(self.host);
-        self.remove_network(to)?;
-        self.make_network(to)
+        self.place.remove_network(to)?;
+        self.place.make_network(to)
     }
 
     fn go(&mut self, limit: Duration) -> Result<Moved> {
@@ -198,14 +160,14 @@ impl Subject for Runc<'_> {
         part("dump", at);
         let at = Instant::now();
         // What is left of the source's network would go on answering for the address.
-        self.remove_network(from)?;
+        self.place.remove_network(from)?;
         copy(self.at(from), &images(from), self.at(to), &images(to), left())?;
         part("ship", at);
         let at = Instant::now();
         let bundle = self.directory(to).join("bundle").display().to_string();
-        self.open_network(to)?;
+        self.place.open_network(to)?;
         run(to, "restore", &["--detach", "--bundle", &bundle, &name])?;
-        drop_tcp(&self.netns(to), false)?;
+        drop_tcp(&self.place.netns(to), false)?;
         part("restore", at);
         let total = ms(began.elapsed());
         for host in [from, to] {
@@ -220,7 +182,7 @@ impl Subject for Runc<'_> {
             let name = self.place.name();
             let mut command = self.runc(host, &["delete", "--force", &name]);
             self.finish(host, &mut command, REMOVE)?;
-            self.remove_network(host)?;
+            self.place.remove_network(host)?;
             if self.images(host).exists() {
                 let images = self.images(host);
                 run("umount", &["--lazy".as_ref(), images.as_os_str()])?;
@@ -231,13 +193,4 @@ impl Subject for Runc<'_> {
         }
         self.place.remove()
     }
-}
-
-/// Lets a network namespace drop all TCP that comes, or none.
-fn drop_tcp(netns: &str, is_dropped: bool) -> Result<()> {
-    let rule = if is_dropped { "-I INPUT -j HAUL\n-A HAUL -p tcp -j DROP\n" } else { "" };
-    // Naming the chain makes it, or empties it.
-    let text = format!("*filter\n:HAUL - [0:0]\n{rule}COMMIT\n");
-    let inside = format!("--net=/run/netns/{netns}");
-    feed("nsenter", &[&inside, "iptables-restore", "--noflush"], text.as_bytes()).map(drop)
 }
