@@ -1,17 +1,22 @@
 //! What the container is, and whether it can move. Changes nothing.
 
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use haulage_engine::{
-    BundleFacts, Captured, Engine, HostFacts, MountSpec, VolumeSpec, capture, refusals, running_facts,
+    BundleFacts, Captured, Engine, HostFacts, MountSpec, TmpfsFacts, VolumeSpec, capture, refusals,
+    running_facts,
 };
 use haulage_pages::process::Process;
-use haulage_protocol::checkpointer::{Inspect, Inspected, Locate, Located, SourceRoot};
+use haulage_protocol::checkpointer::{Inspect, Inspected, Locate, Located, SourceRoot, SourceTmpfs};
 use haulage_protocol::fault::{Fault, FaultCode, code};
 use haulage_protocol::id::ContainerId;
 use haulage_protocol::unit::Bytes;
+use haulage_sys::Pid;
+use haulage_sys::mount_ns::mounted_alone;
+use haulage_sys::tmpfs::is_settable;
 
 use crate::Checkpointer;
 use crate::failure::{self, joined};
@@ -76,6 +81,7 @@ fn describe(
         disk: roots.iter().map(|root| on_disk(Path::new(&root.path))).sum(),
         image_size,
         roots,
+        tmpfs: carried_tmpfs(&bundle),
         descriptors: bundle.external_descriptors.clone(),
         mapped_writable: mapped_writable(&processes, spec)?,
     })
@@ -156,6 +162,33 @@ fn roots(captured: &Captured) -> Result<Vec<SourceRoot>, Fault> {
         roots.push(SourceRoot { root: "log".to_owned(), path: text(log)? });
     }
     Ok(roots)
+}
+
+/// The tmpfs mounts that the files service carries: those that it can fill on the target and compare here. What is in
+/// `/dev`, `/proc` and `/sys` the engine has made; it goes as a list.
+fn carried_tmpfs(bundle: &BundleFacts) -> Vec<SourceTmpfs> {
+    let made = |tmpfs: &TmpfsFacts| {
+        tmpfs.at == "/dev" || ["/proc", "/sys"].iter().any(|dir| Path::new(&tmpfs.at).starts_with(dir))
+    };
+    let own = bundle.tmpfs.iter().filter(|tmpfs| tmpfs.writable && !made(tmpfs));
+    let known =
+        own.filter(|tmpfs| is_settable(&tmpfs.options) && tmpfs.at.bytes().all(|b| b.is_ascii_graphic()));
+    known.filter_map(|tmpfs| source_tmpfs(bundle.init_pid, tmpfs).ok().flatten()).collect()
+}
+
+/// `None` where something else is found in its place, which CRIU may know what to do about.
+fn source_tmpfs(process: i32, tmpfs: &TmpfsFacts) -> io::Result<Option<SourceTmpfs>> {
+    let pid = Pid::from_raw(process).ok_or(io::ErrorKind::InvalidInput)?;
+    let root = mounted_alone(pid, Path::new(&tmpfs.at))?;
+    let (is, space) = (rustix::fs::fstat(&root)?, rustix::fs::fstatvfs(&root)?);
+    let device = format!("{}:{}", rustix::fs::major(is.st_dev), rustix::fs::minor(is.st_dev));
+    Ok((device == tmpfs.device).then(|| SourceTmpfs {
+        at: tmpfs.at.clone(),
+        process,
+        device,
+        options: tmpfs.options.clone(),
+        used: Bytes(space.f_blocks.saturating_sub(space.f_bfree).saturating_mul(space.f_frsize)),
+    }))
 }
 
 /// What a tree takes up. Files that go while it is looked at, and what cannot be read, do not count: it is an

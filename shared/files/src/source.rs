@@ -89,6 +89,12 @@ impl Base {
     pub fn entries(&self) -> usize {
         self.snapshot.entries.len()
     }
+
+    /// All files in it: to be forced in a tree whose files may all have been written to without a trace.
+    pub fn files(&self) -> BTreeSet<RelPath> {
+        let files = self.snapshot.entries.iter().filter(|(_, entry)| file_size(entry).is_some());
+        files.map(|(path, _)| path.clone()).collect()
+    }
 }
 
 impl Scope {

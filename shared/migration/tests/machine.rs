@@ -182,6 +182,7 @@ impl World {
                 disk: Bytes(0),
                 image_size: Bytes(0),
                 roots: Vec::new(),
+                tmpfs: Vec::new(),
                 descriptors: Vec::new(),
                 mapped_writable: Vec::new(),
             })),
@@ -194,7 +195,9 @@ impl World {
             Effect::OpenPages => {
                 Success::PagesOpened(PagesOpened { address: String::new(), store: String::new() })
             }
-            Effect::OpenFiles => Success::FilesOpened(FilesOpened { address: String::new() }),
+            Effect::OpenFiles => {
+                Success::FilesOpened(FilesOpened { address: String::new(), tmpfs: Vec::new() })
+            }
             Effect::SyncFiles | Effect::SyncFrozen | Effect::ShipImages => Success::Synced(FilesSynced {
                 entries: 0,
                 sent: 0,
