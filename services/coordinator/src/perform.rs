@@ -89,6 +89,7 @@ pub(crate) async fn perform(
             ask.target(open).await.map(Success::FilesOpened)
         }
         Effect::SyncFiles => ask.sync(ask.roots()?, false).await,
+        Effect::SyncTmpfs => ask.sync(ask.tmpfs_roots()?, false).await,
         Effect::SyncFrozen => ask.sync(ask.roots()?, true).await,
         Effect::ShipImages => {
             let dumped = record.facts.dumped.as_ref().ok_or_else(|| missing("the dump"))?;
@@ -224,13 +225,18 @@ impl Ask<'_> {
     /// What the source has and the target has a place for.
     fn roots(&self) -> Result<Vec<SyncRoot>, Fault> {
         let mut roots = self.placed(&self.inspected()?.roots)?;
-        roots.extend(self.tmpfs()?.map(|(tmpfs, place)| SyncRoot {
+        roots.extend(self.tmpfs_roots()?);
+        Ok(roots)
+    }
+
+    fn tmpfs_roots(&self) -> Result<Vec<SyncRoot>, Fault> {
+        let roots = self.tmpfs()?.map(|(tmpfs, place)| SyncRoot {
             root: tmpfs.root(),
             source: tmpfs.at.clone(),
             target: place.path.clone(),
             tmpfs: Some(tmpfs.clone()),
-        }));
-        Ok(roots)
+        });
+        Ok(roots.collect())
     }
 
     /// Every tmpfs that the target has made, as it is on the source and there.
