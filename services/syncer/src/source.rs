@@ -13,7 +13,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use bytes::Bytes;
-use haulage_files::source::Scope;
+use haulage_files::source::{Block, Scope};
 use haulage_files::{Base, FilesError, FrameSink, Pass, PassReport, RelPath, RootId, SinkClosed, Source};
 use haulage_protocol::checkpointer::MappedFile;
 use haulage_protocol::fault::{Fault, code};
@@ -133,7 +133,8 @@ async fn pass(
             let tmpfs = tmpfs.clone();
             let open = blocking(move || tmpfs::open(&tmpfs)).await?;
             let id = RootId::new(root.root.clone()).map_err(|error| files(&error))?;
-            (Source::new(id, &tmpfs::path(&open), Scope::Tree), Some(open))
+            let source = Source::new(id, &tmpfs::path(&open), Scope::Tree).in_blocks(Block::Fine);
+            (source, Some(open))
         }
         None => (tree(root)?, None),
     };
