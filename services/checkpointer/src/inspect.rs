@@ -165,7 +165,8 @@ fn roots(captured: &Captured) -> Result<Vec<SourceRoot>, Fault> {
 }
 
 /// The tmpfs mounts that the files service carries: those that it can fill on the target and compare here. What is in
-/// `/dev`, `/proc` and `/sys` the engine has made; it goes as a list.
+/// `/dev`, `/proc` and `/sys` the engine has made; it goes as a list. One that cannot
+/// be looked at here is left to CRIU.
 fn carried_tmpfs(bundle: &BundleFacts) -> Vec<SourceTmpfs> {
     let made = |tmpfs: &TmpfsFacts| {
         tmpfs.at == "/dev" || ["/proc", "/sys"].iter().any(|dir| Path::new(&tmpfs.at).starts_with(dir))
