@@ -24,6 +24,8 @@ use crate::freeze::mapped_writable;
 use crate::obstacle;
 
 const NOT_INSPECTABLE: FaultCode = FaultCode::known("not_inspectable");
+/// The longest path of a tmpfs in the container that is good for a root's name, which has 300 bytes at most.
+const MAX_TMPFS_PATH: usize = 256;
 const LACKS_CAPABILITY: FaultCode = FaultCode::known("lacks_capability");
 
 pub(crate) async fn locate(service: Arc<Checkpointer>, ask: Locate) -> Result<Located, Fault> {
@@ -164,17 +166,18 @@ fn roots(captured: &Captured) -> Result<Vec<SourceRoot>, Fault> {
     Ok(roots)
 }
 
-/// The tmpfs mounts that the files service carries: those that it can fill on the target and compare here. What is in
-/// `/dev`, `/proc` and `/sys` the engine has made; it goes as a list. One that cannot
-/// be looked at here is left to CRIU.
+/// The tmpfs mounts that the files service carries: those that it can make anew, name and look at. What is in `/dev`,
+/// `/proc` and `/sys` the engine has made; it goes as a list, and any other is left to CRIU.
 fn carried_tmpfs(bundle: &BundleFacts) -> Vec<SourceTmpfs> {
-    let made = |tmpfs: &TmpfsFacts| {
-        tmpfs.at == "/dev" || ["/proc", "/sys"].iter().any(|dir| Path::new(&tmpfs.at).starts_with(dir))
-    };
-    let own = bundle.tmpfs.iter().filter(|tmpfs| tmpfs.writable && !made(tmpfs));
-    let known =
-        own.filter(|tmpfs| is_settable(&tmpfs.options) && tmpfs.at.bytes().all(|b| b.is_ascii_graphic()));
-    known.filter_map(|tmpfs| source_tmpfs(bundle.init_pid, tmpfs).ok().flatten()).collect()
+    let all = bundle.tmpfs.iter().filter(|tmpfs| can_be_carried(tmpfs));
+    all.filter_map(|tmpfs| source_tmpfs(bundle.init_pid, tmpfs).ok().flatten()).collect()
+}
+
+fn can_be_carried(tmpfs: &TmpfsFacts) -> bool {
+    let made =
+        tmpfs.at == "/dev" || ["/proc", "/sys"].iter().any(|dir| Path::new(&tmpfs.at).starts_with(dir));
+    let has_name = tmpfs.at.len() <= MAX_TMPFS_PATH && tmpfs.at.bytes().all(|byte| byte.is_ascii_graphic());
+    tmpfs.writable && !made && has_name && is_settable(&tmpfs.options)
 }
 
 /// `None` where something else is found in its place, which CRIU may know what to do about.
@@ -216,4 +219,25 @@ pub(crate) fn volume_root(mount: &MountSpec, volume: &VolumeSpec) -> String {
 fn text(path: &Path) -> Result<String, Fault> {
     let text = path.to_str().map(ToOwned::to_owned);
     text.ok_or_else(|| Fault::new(NOT_INSPECTABLE, format!("the path {} is not UTF-8", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_made_anew_is_not_carried() {
+        let carried = |at: &str, options: &str, writable| {
+            let (at, options) = (at.to_owned(), options.to_owned());
+            can_be_carried(&TmpfsFacts { at, device: "0:1".into(), writable, options })
+        };
+        assert!(carried("/dev/shm", "rw,size=65536k,inode64", true));
+        assert!(carried("/run/lock", "rw", true));
+        assert!(carried("/system", "rw", true), "what only begins like a directory of the engine's");
+        for at in ["/dev", "/proc/acpi", "/sys/firmware", "/a b", "/ä"] {
+            assert!(!carried(at, "rw", true), "{at}");
+        }
+        assert!(!carried(&format!("/{}", "x".repeat(300)), "rw", true));
+        assert!(!carried("/scratch", "rw", false) && !carried("/scratch", "rw,mpol=local", true));
+    }
 }
