@@ -78,9 +78,17 @@ fn commands_that_cannot_be_understood_are_answered_with_a_fault_and_change_nothi
             Asked::new(&a, &id, CloseFiles {})?,
             Asked::new(&b, &id, open())?,
             Asked::new(&b, &id, ClosePages {})?,
-            Asked::new(&b, &id, OpenFiles { token: Token::generate(), roots: Vec::new() })?,
+            Asked::new(
+                &b,
+                &id,
+                OpenFiles { token: Token::generate(), roots: Vec::new(), tmpfs: Vec::new() },
+            )?,
             Asked::new(&b, &id, Create { spec: Value::Null })?,
-            Asked::new(&b, &id, Restore { container: container(), store: "/".to_owned() })?,
+            Asked::new(
+                &b,
+                &id,
+                Restore { container: container(), store: "/".to_owned(), tmpfs: Vec::new() },
+            )?,
             Asked::new(&b, &id, Undo {})?,
         ];
         for asked in &commands {

@@ -1,11 +1,13 @@
 /*
- * hardship KIND: a process that is hard to move, and checks on SIGUSR1 that nothing of it has changed.
+ * hardship KIND [MEBIBYTES]: a process that is hard to move, and checks on SIGUSR1 that nothing of it has changed.
  *
  *   sparse       64 GiB of address space with a page in every 256 MiB
  *   crowd        2000 threads
  *   guard        guard regions (MADV_GUARD_INSTALL) between pages
  *   churn        children that map, execute and end, one after the other and beside one another
  *   direct       asynchronous direct IO, several requests at a time
+ *   tmpfs        files in /dev/shm: one of MEBIBYTES (64) that is mapped and written to all the time, one that is mapped only
+ *                while it is written to, one that is deleted, and a socket
  * and such as cannot be moved: userfaultfd, io_uring, traced.
  *
  * It prints, as dirtier does,
@@ -27,7 +29,9 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/ptrace.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -189,12 +193,73 @@ static void write_and_read(void) {
 	for (uint64_t b = first; b < first + DEPTH; b++) bad += is_bad(base + b * PAGE, b, count[b]);
 }
 
+/* Files that are written to without a sign in their times. */
+enum { BRIEF = 16 };
+static uint64_t mapped_pages;
+static uint32_t brief_count[BRIEF];
+static int deleted, server;
+static struct sockaddr_un address = { .sun_family = AF_UNIX, .sun_path = "/dev/shm/socket" };
+
+static char *map_file(const char *path, size_t size, int flags) {
+	int fd = open(path, O_RDWR | flags, 0640);
+	if (fd < 0 || ftruncate(fd, (off_t)size)) die(path);
+	char *at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	if (at == MAP_FAILED) die("mmap");
+	close(fd);
+	return at;
+}
+
+/* All pages hold something, and some of them are changed. */
+static uint64_t number_of(uint64_t page) { return page % (stride / PAGE) ? PAGES + page : page / (stride / PAGE); }
+
+static void begin_tmpfs(uint64_t mebibytes) {
+	char page[PAGE];
+	mapped_pages = (mebibytes << 20) / PAGE;
+	stride = mapped_pages / PAGES * PAGE; pages = PAGES;
+	base = map_file("/dev/shm/mapped", mebibytes << 20, O_CREAT | O_EXCL);
+	for (uint64_t p = 0; p < mapped_pages; p++) fill(base + p * PAGE, number_of(p), 1);
+	for (uint64_t p = 0; p < pages; p++) count[p] = 1;
+	munmap(map_file("/dev/shm/brief", BRIEF * PAGE, O_CREAT | O_EXCL), BRIEF * PAGE);
+	deleted = open("/dev/shm/deleted", O_RDWR | O_CREAT | O_EXCL, 0600);
+	fill(page, 0, 1);
+	if (deleted < 0 || write(deleted, page, PAGE) != PAGE || unlink("/dev/shm/deleted")) die("deleted");
+	server = socket(AF_UNIX, SOCK_STREAM, 0);
+	if (server < 0 || bind(server, (struct sockaddr *)&address, sizeof address) || listen(server, 1000)) die("socket");
+}
+
+static void change_files(void) {
+	change_page();
+	uint64_t p = operations % BRIEF;
+	char *at = map_file("/dev/shm/brief", BRIEF * PAGE, 0);
+	fill(at + p * PAGE, p, ++brief_count[p]);
+	munmap(at, BRIEF * PAGE);
+}
+
+static void check_files(void) {
+	char page[PAGE];
+	for (uint64_t p = 0; p < mapped_pages; p++) bad += is_bad(base + p * PAGE, number_of(p), p % (stride / PAGE) ? 1 : count[number_of(p)]);
+	/* What is mapped is what the name leads to. */
+	int named = open("/dev/shm/mapped", O_RDONLY);
+	if (named < 0 || pread(named, page, PAGE, 0) != PAGE) die("mapped");
+	bad += is_bad(page, 0, count[0]);
+	close(named);
+	char *at = map_file("/dev/shm/brief", BRIEF * PAGE, 0);
+	for (uint64_t p = 0; p < BRIEF; p++) if (brief_count[p]) bad += is_bad(at + p * PAGE, p, brief_count[p]);
+	munmap(at, BRIEF * PAGE);
+	if (pread(deleted, page, PAGE, 0) != PAGE) die("deleted");
+	bad += is_bad(page, 0, 1);
+	int client = socket(AF_UNIX, SOCK_STREAM, 0);
+	bad += connect(client, (struct sockaddr *)&address, sizeof address) != 0;
+	close(accept(server, NULL, NULL));
+	close(client);
+}
+
 static void nothing(void) {}
 
 static void on_usr1(int signal) { (void)signal; asked++; }
 
 int main(int argc, char **argv) {
-	const char *kind = argc == 2 ? argv[1] : "";
+	const char *kind = argc > 1 ? argv[1] : "";
 	void (*work)(void) = nothing, (*check)(void) = nothing;
 	signal(SIGUSR1, on_usr1);
 	if (!strcmp(kind, "brief")) {
@@ -226,6 +291,9 @@ int main(int argc, char **argv) {
 		file = open("hardship.data", O_RDWR | O_CREAT | O_TRUNC | O_DIRECT, 0600);
 		if (file < 0 || syscall(SYS_io_setup, DEPTH, &ring)) die("direct IO");
 		work = write_and_read;
+	} else if (!strcmp(kind, "tmpfs")) {
+		begin_tmpfs(argc > 2 ? (uint64_t)atoll(argv[2]) : 64);
+		work = change_files; check = check_files;
 	} else if (!strcmp(kind, "userfaultfd")) {
 		struct uffdio_api api = { .api = UFFD_API };
 		int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
@@ -238,7 +306,7 @@ int main(int argc, char **argv) {
 		if (!child) for (;;) pause();
 		if (child < 0 || ptrace(PTRACE_SEIZE, child, 0, 0)) die("ptrace");
 	} else {
-		fprintf(stderr, "usage: hardship sparse|crowd|guard|churn|direct|userfaultfd|io_uring|traced\n");
+		fprintf(stderr, "usage: hardship sparse|crowd|guard|churn|direct|tmpfs|userfaultfd|io_uring|traced\n");
 		return 2;
 	}
 	for (int answered = 0;;) {

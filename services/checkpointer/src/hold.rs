@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use haulage_criu::companion::CarriedTmpfs;
 use haulage_criu::dump::{self, DumpRequest};
 use haulage_criu::guard;
 use haulage_criu::held::HeldDump;
@@ -12,12 +13,12 @@ use haulage_criu::mask::PagemapMask;
 use haulage_criu::packets;
 use haulage_criu::rpc::NetworkLock;
 use haulage_criu::shared::{LeftOut, LeftOutProcess, SharedObject};
-use haulage_engine::BundleFacts;
+use haulage_engine::{BundleFacts, TmpfsFacts};
 use haulage_pages::in_flight::Rings;
 use haulage_pages::maps::Maps;
 use haulage_pages::object;
 use haulage_pages::process::{self, Vpid};
-use haulage_protocol::checkpointer::{Confirmed, Dump, Dumped, Network};
+use haulage_protocol::checkpointer::{Confirmed, Dump, Dumped, Network, SourceTmpfs};
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::MigrationId;
 use haulage_protocol::unit::{Bytes, Micros};
@@ -60,7 +61,7 @@ pub(crate) async fn dump(
 ) -> Result<Dumped, Fault> {
     let work = move || {
         let mut session = service.take(&migration).ok_or_else(not_frozen)?;
-        let result = dump_frozen(&service, &migration, &mut session, ask.network);
+        let result = dump_frozen(&service, &migration, &mut session, &ask);
         service.put(&migration, session);
         result
     };
@@ -76,7 +77,7 @@ fn dump_frozen(
     service: &Checkpointer,
     migration: &MigrationId,
     session: &mut Session,
-    network: Network,
+    ask: &Dump,
 ) -> Result<Dumped, Fault> {
     let mask = match std::mem::replace(&mut session.state, State::Spoilt) {
         State::Frozen(mask) => mask,
@@ -92,7 +93,7 @@ fn dump_frozen(
         std::fs::create_dir_all(dir).map_err(fault(DUMP))?;
     }
     let (mask, guards) = cover(mask, session, &images)?;
-    let request = request(&session.bundle, images.clone(), work, network);
+    let request = request(&session.bundle, images.clone(), work, ask)?;
     let held = dump::Dump::start(&service.criu, &request, Some(mask)).map_err(fault(DUMP))?;
     for (vpid, guards) in guards {
         guard::add(&images, vpid.0, &guards).map_err(fault(DUMP))?;
@@ -164,24 +165,36 @@ fn cover(mut mask: PagemapMask, session: &Session, images: &Path) -> Result<(Pag
     Ok((mask, guards))
 }
 
-fn request(bundle: &BundleFacts, images: PathBuf, work: PathBuf, network: Network) -> DumpRequest {
+fn request(bundle: &BundleFacts, images: PathBuf, work: PathBuf, ask: &Dump) -> Result<DumpRequest, Fault> {
     let paths = |names: &[String]| names.iter().map(PathBuf::from).collect();
     let mut request = DumpRequest::new(bundle.init_pid, &bundle.rootfs, images, work);
     request.freeze_cgroup = Some(bundle.cgroup.freezer_dir.clone());
     request.external_mounts = paths(&bundle.external_mounts);
     request.null_masks = paths(&bundle.masked_null);
     request.descriptors.clone_from(&bundle.external_descriptors);
-    request.tmpfs =
-        bundle.tmpfs.iter().map(|tmpfs| (tmpfs.at.clone().into(), tmpfs.options.clone())).collect();
+    let others = bundle.tmpfs.iter().filter(|tmpfs| ask.tmpfs.iter().all(|carried| carried.at != tmpfs.at));
+    request.tmpfs = others.map(|tmpfs| (tmpfs.at.clone().into(), tmpfs.options.clone())).collect();
+    request.carried = ask.tmpfs.iter().map(|tmpfs| carried(bundle, tmpfs)).collect::<Result<_, _>>()?;
     if bundle.cgroup.plain {
         request.cgroups = dump::Cgroups::Ignored;
     }
-    if network == Network::Made {
+    if ask.network == Network::Made {
         // The network is silenced by ourselves, here and there.
         request.network_lock = Some(NetworkLock::Skip);
         request.network = dump::Network::Inherited;
     }
-    request
+    Ok(request)
+}
+
+/// One that the files service carries, which must be what it was when that began.
+fn carried(bundle: &BundleFacts, was: &SourceTmpfs) -> Result<CarriedTmpfs, Fault> {
+    let same = |is: &&TmpfsFacts| (&is.at, &is.device, &is.options) == (&was.at, &was.device, &was.options);
+    if bundle.tmpfs.iter().find(same).is_none() {
+        let message =
+            format!("the tmpfs at {} was mounted anew or otherwise since the migration began", was.at);
+        return Err(Fault::new(DUMP, message).remedy("start the migration again"));
+    }
+    Ok(CarriedTmpfs { at: was.at.clone().into(), options: was.options.clone() })
 }
 
 fn size(dir: &Path) -> std::io::Result<Bytes> {

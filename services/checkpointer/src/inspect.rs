@@ -1,17 +1,22 @@
 //! What the container is, and whether it can move. Changes nothing.
 
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use haulage_engine::{
-    BundleFacts, Captured, Engine, HostFacts, MountSpec, VolumeSpec, capture, refusals, running_facts,
+    BundleFacts, Captured, Engine, HostFacts, MountSpec, TmpfsFacts, VolumeSpec, capture, refusals,
+    running_facts,
 };
 use haulage_pages::process::Process;
-use haulage_protocol::checkpointer::{Inspect, Inspected, Locate, Located, SourceRoot};
+use haulage_protocol::checkpointer::{Inspect, Inspected, Locate, Located, SourceRoot, SourceTmpfs};
 use haulage_protocol::fault::{Fault, FaultCode, code};
 use haulage_protocol::id::ContainerId;
 use haulage_protocol::unit::Bytes;
+use haulage_sys::Pid;
+use haulage_sys::mount_ns::mounted_alone;
+use haulage_sys::tmpfs::is_settable;
 
 use crate::Checkpointer;
 use crate::failure::{self, joined};
@@ -19,6 +24,8 @@ use crate::freeze::mapped_writable;
 use crate::obstacle;
 
 const NOT_INSPECTABLE: FaultCode = FaultCode::known("not_inspectable");
+/// The longest path of a tmpfs in the container that is good for a root's name, which has 300 bytes at most.
+const MAX_TMPFS_PATH: usize = 256;
 const LACKS_CAPABILITY: FaultCode = FaultCode::known("lacks_capability");
 
 pub(crate) async fn locate(service: Arc<Checkpointer>, ask: Locate) -> Result<Located, Fault> {
@@ -76,6 +83,7 @@ fn describe(
         disk: roots.iter().map(|root| on_disk(Path::new(&root.path))).sum(),
         image_size,
         roots,
+        tmpfs: carried_tmpfs(&bundle),
         descriptors: bundle.external_descriptors.clone(),
         mapped_writable: mapped_writable(&processes, spec)?,
     })
@@ -158,6 +166,35 @@ fn roots(captured: &Captured) -> Result<Vec<SourceRoot>, Fault> {
     Ok(roots)
 }
 
+/// The tmpfs mounts that the files service carries: those that it can make anew, name and look at. What is in `/dev`,
+/// `/proc` and `/sys` the engine has made; it goes as a list, and any other is left to CRIU.
+fn carried_tmpfs(bundle: &BundleFacts) -> Vec<SourceTmpfs> {
+    let all = bundle.tmpfs.iter().filter(|tmpfs| can_be_carried(tmpfs));
+    all.filter_map(|tmpfs| source_tmpfs(bundle.init_pid, tmpfs).ok().flatten()).collect()
+}
+
+fn can_be_carried(tmpfs: &TmpfsFacts) -> bool {
+    let made =
+        tmpfs.at == "/dev" || ["/proc", "/sys"].iter().any(|dir| Path::new(&tmpfs.at).starts_with(dir));
+    let has_name = tmpfs.at.len() <= MAX_TMPFS_PATH && tmpfs.at.bytes().all(|byte| byte.is_ascii_graphic());
+    tmpfs.writable && !made && has_name && is_settable(&tmpfs.options)
+}
+
+/// `None` where something else is found in its place, which CRIU may know what to do about.
+fn source_tmpfs(process: i32, tmpfs: &TmpfsFacts) -> io::Result<Option<SourceTmpfs>> {
+    let pid = Pid::from_raw(process).ok_or(io::ErrorKind::InvalidInput)?;
+    let root = mounted_alone(pid, Path::new(&tmpfs.at))?;
+    let (is, space) = (rustix::fs::fstat(&root)?, rustix::fs::fstatvfs(&root)?);
+    let device = format!("{}:{}", rustix::fs::major(is.st_dev), rustix::fs::minor(is.st_dev));
+    Ok((device == tmpfs.device).then(|| SourceTmpfs {
+        at: tmpfs.at.clone(),
+        process,
+        device,
+        options: tmpfs.options.clone(),
+        used: Bytes(space.f_blocks.saturating_sub(space.f_bfree).saturating_mul(space.f_frsize)),
+    }))
+}
+
 /// What a tree takes up. Files that go while it is looked at, and what cannot be read, do not count: it is an
 /// estimate, and the container is at work.
 fn on_disk(path: &Path) -> Bytes {
@@ -182,4 +219,25 @@ pub(crate) fn volume_root(mount: &MountSpec, volume: &VolumeSpec) -> String {
 fn text(path: &Path) -> Result<String, Fault> {
     let text = path.to_str().map(ToOwned::to_owned);
     text.ok_or_else(|| Fault::new(NOT_INSPECTABLE, format!("the path {} is not UTF-8", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_made_anew_is_not_carried() {
+        let carried = |at: &str, options: &str, writable| {
+            let (at, options) = (at.to_owned(), options.to_owned());
+            can_be_carried(&TmpfsFacts { at, device: "0:1".into(), writable, options })
+        };
+        assert!(carried("/dev/shm", "rw,size=65536k,inode64", true));
+        assert!(carried("/run/lock", "rw", true));
+        assert!(carried("/system", "rw", true), "what only begins like a directory of the engine's");
+        for at in ["/dev", "/proc/acpi", "/sys/firmware", "/a b", "/ä"] {
+            assert!(!carried(at, "rw", true), "{at}");
+        }
+        assert!(!carried(&format!("/{}", "x".repeat(300)), "rw", true));
+        assert!(!carried("/scratch", "rw", false) && !carried("/scratch", "rw,mpol=local", true));
+    }
 }

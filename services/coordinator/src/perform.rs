@@ -6,8 +6,8 @@ use futures_util::future::join_all;
 use haulage_migration::pace::Pacing;
 use haulage_migration::{Effect, Migration, Phase, Success, allowance, forecast};
 use haulage_protocol::checkpointer::{
-    Commit, Confirm, Dump, Freeze, Inspect, Inspected, Locate, Located, RollBack, SourceRoot, Throttle,
-    Unthrottle,
+    Commit, Confirm, Dump, Freeze, Inspect, Inspected, Locate, Located, RollBack, SourceRoot, SourceTmpfs,
+    Throttle, Unthrottle,
 };
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::{ContainerId, HostId, Round, Step};
@@ -19,7 +19,7 @@ use haulage_protocol::restorer::{
 };
 use haulage_protocol::rpc::{Command, Rpc, Service};
 use haulage_protocol::syncer::{
-    CloseFiles, FilesOpened, OpenFiles, PersistFiles, PullImage, PushImage, SyncFiles, SyncRoot,
+    CloseFiles, FilesOpened, OpenFiles, PersistFiles, PullImage, PushImage, SyncFiles, SyncRoot, TargetRoot,
 };
 use haulage_protocol::version::Version;
 use haulage_service::now;
@@ -84,10 +84,12 @@ pub(crate) async fn perform(
             ask.target(open).await.map(Success::PagesOpened)
         }
         Effect::OpenFiles => {
-            let open = OpenFiles { token: record.token.clone(), roots: ask.created()?.roots.clone() };
+            let tmpfs = ask.inspected()?.tmpfs.clone();
+            let open = OpenFiles { token: record.token.clone(), roots: ask.created()?.roots.clone(), tmpfs };
             ask.target(open).await.map(Success::FilesOpened)
         }
         Effect::SyncFiles => ask.sync(ask.roots()?, false).await,
+        Effect::SyncTmpfs => ask.sync(ask.tmpfs_roots()?, false).await,
         Effect::SyncFrozen => ask.sync(ask.roots()?, true).await,
         Effect::ShipImages => {
             let dumped = record.facts.dumped.as_ref().ok_or_else(|| missing("the dump"))?;
@@ -127,14 +129,18 @@ pub(crate) async fn perform(
         }
         Effect::Dump => {
             let network = record.facts.prepared.map(|prepared| prepared.network).unwrap_or_default();
-            ask.source(Dump { container: ask.container()?.clone(), network }).await.map(Success::Dumped)
+            let tmpfs = ask.tmpfs()?.map(|(tmpfs, _)| tmpfs.clone()).collect();
+            ask.source(Dump { container: ask.container()?.clone(), network, tmpfs })
+                .await
+                .map(Success::Dumped)
         }
         Effect::FinalRound => {
             ask.source(FinalRound { post_copy: record.is_post_copy() }).await.map(Success::Final)
         }
         Effect::Restore => {
             let container = ask.created()?.container.clone();
-            ask.target(Restore { container, store: ask.pages()?.store.clone() }).await.map(Success::Restored)
+            let (store, tmpfs) = (ask.pages()?.store.clone(), ask.files()?.tmpfs.clone());
+            ask.target(Restore { container, store, tmpfs }).await.map(Success::Restored)
         }
         Effect::Verify => {
             ask.target(Verify { container: ask.created()?.container.clone() }).await.map(Success::Verified)
@@ -218,14 +224,39 @@ impl Ask<'_> {
 
     /// What the source has and the target has a place for.
     fn roots(&self) -> Result<Vec<SyncRoot>, Fault> {
-        self.placed(&self.inspected()?.roots)
+        let mut roots = self.placed(&self.inspected()?.roots)?;
+        roots.extend(self.tmpfs_roots()?);
+        Ok(roots)
+    }
+
+    fn tmpfs_roots(&self) -> Result<Vec<SyncRoot>, Fault> {
+        let roots = self.tmpfs()?.map(|(tmpfs, place)| SyncRoot {
+            root: tmpfs.root(),
+            source: tmpfs.at.clone(),
+            target: place.path.clone(),
+            tmpfs: Some(tmpfs.clone()),
+        });
+        Ok(roots.collect())
+    }
+
+    /// Every tmpfs that the target has made, as it is on the source and there.
+    fn tmpfs(&self) -> Result<impl Iterator<Item = (&SourceTmpfs, &TargetRoot)>, Fault> {
+        let (all, made) = (&self.inspected()?.tmpfs, &self.files()?.tmpfs);
+        Ok(made
+            .iter()
+            .filter_map(|place| Some((all.iter().find(|tmpfs| tmpfs.root() == place.root)?, place))))
     }
 
     fn placed(&self, sources: &[SourceRoot]) -> Result<Vec<SyncRoot>, Fault> {
         let places = &self.created()?.roots;
         let placed = sources.iter().filter_map(|SourceRoot { root, path }| {
             let place = places.iter().find(|place| place.root == *root)?;
-            Some(SyncRoot { root: root.clone(), source: path.clone(), target: place.path.clone() })
+            Some(SyncRoot {
+                root: root.clone(),
+                source: path.clone(),
+                target: place.path.clone(),
+                tmpfs: None,
+            })
         });
         Ok(placed.collect())
     }

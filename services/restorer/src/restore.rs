@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,8 +14,10 @@ use haulage_engine::armed::{Outcome, State};
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::MigrationId;
 use haulage_protocol::restorer::{Prepare, Restore, Restored};
+use haulage_protocol::syncer::TargetRoot;
 use haulage_protocol::unit::Micros;
 use haulage_service::now;
+use rustix::fs::{Mode, OFlags, open};
 
 use crate::create::told;
 use crate::failure::{self, ENGINE, IMAGES as BAD_IMAGES, RESTORE, blocking, fault};
@@ -60,10 +63,13 @@ pub(crate) async fn restore(
         }
     };
     let (received, complete, store) = (dir.join(IMAGES), dir.join(COMPLETE), PathBuf::from(&ask.store));
-    let shared = blocking(move || join::join(&received, &store, &complete)).await?;
+    let (shared, tmpfs) = blocking(move || {
+        Ok((join::join(&received, &store, &complete)?, filled(&ask.tmpfs).map_err(fault(RESTORE))?))
+    })
+    .await?;
     let merge = Micros::from_duration(began.elapsed());
     let began = Instant::now();
-    if let Err(error) = waiting.go(shared).await {
+    if let Err(error) = waiting.go(shared, tmpfs).await {
         return Err(failed(&service, id, Some(&error)).await);
     }
     let (spoke, replied) = (outcome(&service, id).await?, began.elapsed());
@@ -85,6 +91,12 @@ pub(crate) async fn restore(
         start: Micros::from_duration(start),
         since: Micros::from_duration(began.elapsed().saturating_sub(start)),
     })
+}
+
+/// The tmpfs mounts that the files service has filled, which are nobody's if it has died since: then they are not there.
+fn filled(tmpfs: &[TargetRoot]) -> io::Result<Vec<OwnedFd>> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    tmpfs.iter().map(|TargetRoot { path, .. }| Ok(open(path, flags, Mode::empty())?)).collect()
 }
 
 /// As the dump has them.

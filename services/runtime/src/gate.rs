@@ -4,7 +4,8 @@
 //! which lets every request through but that of the restore: with it, it leaves the conversation with runc to the
 //! [keeper](crate::keeper), waits for its word, and only then becomes CRIU, in the container's network namespace and in
 //! a mount namespace of its own, which holds what the images leave out and goes with it. With the word come descriptors
-//! of the container's shared memory, which CRIU inherits; the container's configuration file tells it their names.
+//! of the container's shared memory, which CRIU inherits; the container's configuration file tells it their names. Others are
+//! of tmpfs mounts that have the container's files, and are mounted in that namespace.
 //!
 //! ```text
 //!   haul-runtime ──▶ runc restore ──▶ gate (as criu swrk): peek ── other ──▶ CRIU
@@ -23,7 +24,7 @@ use haulage_criu::companion::Companion;
 use haulage_criu::rpc::{Kind, Request};
 use haulage_criu::shared::LeftOut;
 use haulage_criu::swrk::Criu;
-use haulage_engine::armed::{ArmedRoot, GO, MEMORY, State};
+use haulage_engine::armed::{ArmedRoot, GO, MEMORY, State, TMPFS};
 use haulage_sys::netns::NetworkNamespace;
 use haulage_sys::{mount_ns, pass_fd};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -126,10 +127,11 @@ fn restore(number: RawFd, request: &Request, id: &str, container_root: &Path) ->
     let bind = request.options.as_ref().and_then(|options| options.root.clone()).map(PathBuf::from);
     let root = Root::take_off(container_root, bind).map_err(Failure::Root)?;
     let end = hand_over(number, &armed_root, id)?;
-    let mut shared = Vec::new();
+    let (mut shared, mut tmpfs) = (Vec::new(), Vec::new());
     loop {
         match pass_fd::receive(&end).map_err(Failure::Gate)? {
             Some((MEMORY, Some(memory))) => shared.push(memory),
+            Some((TMPFS, Some(filled))) => tmpfs.push(filled),
             Some((GO, None)) => break,
             _ => return Err(Failure::CalledOff(armed.migration)),
         }
@@ -143,7 +145,7 @@ fn restore(number: RawFd, request: &Request, id: &str, container_root: &Path) ->
     }
     let provided = mount_ns::enter_private_mounts()
         .and_then(|()| Companion::read(&armed.images))
-        .and_then(|companion| companion.map(|companion| companion.provide(&armed.work)).transpose())
+        .and_then(|companion| companion.map(|companion| companion.provide(&armed.work, &tmpfs)).transpose())
         .map_err(Failure::Root)?;
     if let Some(lines) = provided {
         cgroup::add_configuration(&armed.work, &lines)?;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   restorer ── TAKE ──▶ keeper: the container's packets come here, and are kept
-//!            ── MEMORY, GO ▶ keeper ──────▶ gate: becomes CRIU; packets get out
+//!            ── descriptors, GO ▶ keeper ──────▶ gate: becomes CRIU; packets get out
 //!                 runc ◀── messages ──▶ keeper ◀── messages ──▶ CRIU
 //!                        pre-resume: recorded; post-resume: packets get in, those that were kept first, announced
 //! ```
@@ -19,7 +19,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
 use haulage_criu::rpc::{Kind, Response};
-use haulage_engine::armed::{Armed, ArmedRoot, GO, MEMORY, Outcome, TAKE};
+use haulage_engine::armed::{Armed, ArmedRoot, GO, MEMORY, Outcome, TAKE, TMPFS};
 use haulage_sys::pass_fd;
 use haulage_sys::rcu::Expedited;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -78,25 +78,25 @@ impl Keeper<'_> {
         let Some(runc) = end(RUNC_END)? else { return Ok(Kept::Nothing) };
         let Some(criu) = end(CRIU_END)? else { return Ok(Kept::Nothing) };
         let words = self.armed_root.connect(self.id)?;
-        let Some(shared) = self.hear(&words, [&runc, &criu])? else { return Ok(Kept::Nothing) };
+        let Some(handed) = self.hear(&words, [&runc, &criu])? else { return Ok(Kept::Nothing) };
         // From here on the container stands still for us. Where it cannot be had everything takes longer.
         let _expedited = Expedited::begin();
         // Noted before anything else, so that the time is known of which it counts.
         self.armed_root.note_go(self.id)?;
-        let handed = shared.iter().try_for_each(|memory| pass_fd::send(&criu, MEMORY, Some(memory.as_fd())));
-        handed.and_then(|()| pass_fd::send(&criu, GO, None)).map_err(Failure::Gate)?;
-        drop(shared);
+        let passed = handed.iter().try_for_each(|(what, fd)| pass_fd::send(&criu, *what, Some(fd.as_fd())));
+        passed.and_then(|()| pass_fd::send(&criu, GO, None)).map_err(Failure::Gate)?;
+        drop(handed);
         self.network.as_mut().map_or(Ok(()), Network::send)?;
         self.relay(&runc, &criu)
     }
 
-    /// Waits for the word to go on, and gives the shared memory that came before it; `None` when the word does not come.
+    /// Waits for the word to go on, and gives the descriptors that came before it; `None` when the word does not come.
     fn hear(
         &mut self,
         words: &UnixStream,
         [runc, gate]: [&OwnedFd; 2],
-    ) -> Result<Option<Vec<OwnedFd>>, Failure> {
-        let mut shared = Vec::new();
+    ) -> Result<Option<Vec<(u8, OwnedFd)>>, Failure> {
+        let mut handed = Vec::new();
         let mut until_let_go = None;
         loop {
             // What runc has sent stays where it is; only its end matters, and the gate's.
@@ -117,8 +117,8 @@ impl Keeper<'_> {
                 return Ok(None);
             }
             match pass_fd::receive(words) {
-                Ok(Some((GO, None))) => return Ok(Some(shared)),
-                Ok(Some((MEMORY, Some(memory)))) => shared.push(memory),
+                Ok(Some((GO, None))) => return Ok(Some(handed)),
+                Ok(Some((what @ (MEMORY | TMPFS), Some(fd)))) => handed.push((what, fd)),
                 Ok(Some((TAKE, None))) => {
                     if let Some(network) = &mut self.network {
                         network.take(&self.armed.addresses)?;

@@ -7,6 +7,8 @@ use haulage_transport::bucket::BucketError;
 
 /// A file system is mounted inside a directory of the container on the host.
 pub(crate) const MOUNTED: FaultCode = FaultCode::known("mounted_inside");
+/// A tmpfs of the container cannot be read or made.
+pub(crate) const TMPFS: FaultCode = FaultCode::known("tmpfs_failed");
 /// The files did not reach the disk.
 pub(crate) const NOT_PERSISTED: FaultCode = FaultCode::known("not_persisted");
 /// The image that came out of the bucket is not the one that went in.

@@ -1,14 +1,16 @@
 //! The syncer: images through the bucket; the writable layer, volumes, logs and CRIU's images over a bulk stream,
-//! in passes. It does not touch processes.
+//! in passes. Tmpfs mounts of the container are filled before it has them. It does not touch processes.
 
 mod archive;
 mod failure;
 mod image;
 mod source;
 mod target;
+mod tmpfs;
 
 use std::collections::HashMap;
 use std::error::Error;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use haulage_engine::Docker;
@@ -33,6 +35,8 @@ pub(crate) struct Syncer {
     bucket: Bucket,
     arrivals: Arrivals,
     sources: Mutex<HashMap<MigrationId, source::Session>>,
+    /// Those that were made for what arrives, until the session is closed.
+    tmpfs: Mutex<HashMap<MigrationId, Vec<OwnedFd>>>,
 }
 
 /// Registers the verbs.
@@ -49,6 +53,7 @@ pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>
         config: shell.config.clone(),
         arrivals,
         sources: Mutex::default(),
+        tmpfs: Mutex::default(),
     });
     let server = &mut shell.server;
     let s = service.clone();
@@ -67,6 +72,7 @@ pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>
 async fn close(service: Arc<Syncer>, migration: MigrationId) -> Result<FilesClosed, Fault> {
     drop(service.sources.lock().unwrap_or_else(PoisonError::into_inner).remove(&migration));
     service.arrivals.close(&migration).await;
+    drop(service.tmpfs.lock().unwrap_or_else(PoisonError::into_inner).remove(&migration));
     let dir = service.config.migration_dir(&migration);
     let removed = tokio::task::spawn_blocking(move || notes::remove(&dir, &[PACE])).await;
     joined(removed.map(|removed| removed.map_err(fault(code::INTERNAL))))?;

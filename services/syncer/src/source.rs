@@ -13,7 +13,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use bytes::Bytes;
-use haulage_files::source::Scope;
+use haulage_files::source::{Block, Scope};
 use haulage_files::{Base, FilesError, FrameSink, Pass, PassReport, RelPath, RootId, SinkClosed, Source};
 use haulage_protocol::checkpointer::MappedFile;
 use haulage_protocol::fault::{Fault, code};
@@ -25,7 +25,8 @@ use haulage_transport::stream::FrameKind;
 use tokio::sync::mpsc;
 
 use crate::Syncer;
-use crate::failure::{MOUNTED, fault, files};
+use crate::failure::{MOUNTED, blocking, fault, files};
+use crate::tmpfs;
 
 /// What the sessions are for.
 pub(crate) const CARGO: Cargo = Cargo { role: "files", failed: FrameKind(FrameKind::FIRST_OWN.0 + 2) };
@@ -64,8 +65,12 @@ pub(crate) async fn sync(
     let before = session.target.traffic();
     let mut synced = FilesSynced { entries: 0, sent: 0, deleted: 0, wire: Size(0), took: Micros(0) };
     for root in &ask.roots {
-        let forced = forced(&ask.forced, &root.root);
         let base = session.bases.remove(&root.root);
+        let forced = match (&root.tmpfs, &base) {
+            // No file of a tmpfs tells that it was written to through a mapping, nor that it was mapped.
+            (Some(_), Some(base)) => base.files(),
+            _ => forced(&ask.forced, &root.root),
+        };
         let pass = pass(&mut session.target, root, base, forced).await?;
         if ask.frozen && pass.unsettled > 0 {
             let message = format!("{} files of {} changed while nothing runs", pass.unsettled, root.root);
@@ -122,7 +127,17 @@ async fn pass(
     base: Option<Base>,
     forced: BTreeSet<RelPath>,
 ) -> Result<Pass, Fault> {
-    let source = tree(root)?;
+    // A tmpfs is read by a descriptor, which has to stay open.
+    let (source, _open) = match &root.tmpfs {
+        Some(tmpfs) => {
+            let tmpfs = tmpfs.clone();
+            let open = blocking(move || tmpfs::open(&tmpfs)).await?;
+            let id = RootId::new(root.root.clone()).map_err(|error| files(&error))?;
+            let source = Source::new(id, &tmpfs::path(&open), Scope::Tree).in_blocks(Block::Fine);
+            (source, Some(open))
+        }
+        None => (tree(root)?, None),
+    };
     let (frames, ready) = mpsc::channel(FRAMES_AHEAD);
     let reading = tokio::task::spawn_blocking(move || source.pass(base, &forced, &mut Channel(frames)));
     let sent = target.send_all(FILES, ready).await;

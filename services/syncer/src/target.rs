@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::ErrorKind;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use haulage_files::{Applier, RootId, Targets};
 use haulage_protocol::fault::{Fault, code};
@@ -15,6 +15,7 @@ use haulage_transport::stream::BulkConnection;
 use crate::Syncer;
 use crate::failure::{NOT_PERSISTED, fault, files, joined};
 use crate::source::{FILES, REPORT};
+use crate::tmpfs;
 
 pub(crate) async fn open(
     service: Arc<Syncer>,
@@ -23,13 +24,15 @@ pub(crate) async fn open(
 ) -> Result<FilesOpened, Fault> {
     service.arrivals.close(&migration).await;
     let targets = Targets::default();
-    for root in &ask.roots {
+    let (made, tmpfs) = tmpfs::make(&ask.tmpfs)?;
+    for root in ask.roots.iter().chain(&tmpfs) {
         let id = RootId::new(root.root.clone()).map_err(|error| files(&error))?;
         let dir = directory(root).ok_or_else(|| Fault::new(code::MALFORMED, "a root has no directory"))?;
         targets.add(id, dir);
     }
-    service.arrivals.open(migration, &ask.token, Roots(targets))?;
-    Ok(FilesOpened { address: service.arrivals.address().to_string() })
+    service.arrivals.open(migration.clone(), &ask.token, Roots(targets))?;
+    service.tmpfs.lock().unwrap_or_else(PoisonError::into_inner).insert(migration, made);
+    Ok(FilesOpened { address: service.arrivals.address().to_string(), tmpfs })
 }
 
 /// Waits until the file systems of the roots have everything on disk. What is no root any more, such as the images

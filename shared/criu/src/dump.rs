@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use haulage_sys::Pid;
 
 use crate::cause::Cause;
-use crate::companion::Companion;
+use crate::companion::{CarriedTmpfs, Companion};
 use crate::held::HeldDump;
 use crate::mask::{MaskError, PagemapMask};
 use crate::quiet::namespace_of;
@@ -68,6 +68,8 @@ pub struct DumpRequest {
     /// The container's own tmpfs mounts, each with its options as the kernel shows them. Those that are small go as a list
     /// ([`SmallTmpfs`]), the others are packed by CRIU.
     pub tmpfs: Vec<(PathBuf, String)>,
+    /// Further ones, which the restore finds filled.
+    pub carried: Vec<CarriedTmpfs>,
     /// What the standard streams of init were (runc's state, `external_descriptors`), e.g. `pipe:[1234]`.
     pub descriptors: Vec<String>,
     /// See [`Network`].
@@ -103,6 +105,7 @@ impl DumpRequest {
             external_mounts: Vec::new(),
             null_masks: Vec::new(),
             tmpfs: Vec::new(),
+            carried: Vec::new(),
             descriptors: Vec::new(),
             network: Network::Empty,
             cgroups: Cgroups::Dumped,
@@ -119,16 +122,15 @@ impl DumpRequest {
         let pid = Pid::from_raw(self.pid).ok_or(io::ErrorKind::InvalidInput)?;
         let read = |(at, options): &(PathBuf, String)| SmallTmpfs::read(pid, at, options).transpose();
         let tmpfs = self.tmpfs.iter().filter_map(read).collect::<io::Result<_>>()?;
-        Ok(Companion::new(self.cgroups == Cgroups::Ignored, tmpfs))
+        Ok(Companion::new(self.cgroups == Cgroups::Ignored, tmpfs, self.carried.clone()))
     }
 
     fn options(&self, images: &OwnedFd, work: &OwnedFd, companion: &Companion) -> Options {
         let text = |path: &Path| path.to_string_lossy().into_owned();
         let binds = self.external_mounts.iter().map(|path| format!("mnt[{0}]:{0}", text(path)));
         let nulls = self.null_masks.iter().map(|path| format!("mnt[{}]:/dev/null", text(path)));
-        let lists = companion.tmpfs.iter().enumerate();
-        let lists = lists.map(|(index, list)| format!("mnt[{}]:{}", text(&list.at), Companion::key(index)));
-        let external = binds.chain(nulls).chain(lists).collect();
+        let tmpfs = companion.keys().map(|(at, key)| format!("mnt[{}]:{key}", text(at)));
+        let external = binds.chain(nulls).chain(tmpfs).collect();
         let empty_ns = (self.network == Network::Empty).then_some(CLONE_NEWNET);
         let cgroups = match self.cgroups {
             Cgroups::Dumped => CgroupMode::Soft,
@@ -276,7 +278,7 @@ mod tests {
         let mut request = DumpRequest::new(7, "/root fs", "/images", "/work");
         request.external_mounts = vec!["/etc/hosts".into(), "/sys/fs/cgroup/memory".into()];
         request.null_masks = vec!["/proc/kcore".into()];
-        let nothing = Companion::new(false, Vec::new());
+        let nothing = Companion::new(false, Vec::new(), Vec::new());
         let options = request.options(&null(), &null(), &nothing);
         assert_eq!(
             options.external,

@@ -38,6 +38,9 @@ pub const GO: u8 = b'g';
 pub const TAKE: u8 = b't';
 /// What it is sent before, with the descriptor of shared memory that the restore inherits, in the order of its keys.
 pub const MEMORY: u8 = b'm';
+/// What it is sent before, with the descriptor of a tmpfs that is mounted nowhere and has the container's files, in the order
+/// in which the images name them.
+pub const TMPFS: u8 = b'f';
 
 const ARMED: &str = "armed.json";
 const CONSUMED: &str = "consumed.json";

@@ -71,6 +71,10 @@ pub struct CgroupFacts {
 pub struct TmpfsFacts {
     /// Where it is in the container.
     pub at: String,
+    /// Which file system it is, as `major:minor`.
+    pub device: String,
+    /// Whether its mount may be written through.
+    pub writable: bool,
     /// The file system's own options as the kernel shows them, such as `rw,size=65536k,mode=755`.
     pub options: String,
 }
@@ -280,7 +284,12 @@ fn own_tmpfs(mounts: &[MountPoint], external: &[String]) -> Vec<TmpfsFacts> {
     let own = mounts.iter().filter(|mount| mount.kind == "tmpfs" && mount.root == "/" && !mount.propagates);
     own.filter(once)
         .filter(|mount| !external.contains(&mount.at))
-        .map(|mount| TmpfsFacts { at: mount.at.clone(), options: mount.options.clone() })
+        .map(|mount| TmpfsFacts {
+            at: mount.at.clone(),
+            device: mount.device.clone(),
+            writable: !mount.flags.split(',').any(|flag| flag == "ro"),
+            options: mount.options.clone(),
+        })
         .collect()
 }
 

@@ -102,7 +102,8 @@ fn only_a_tmpfs_that_is_seen_once_is_its_own() {
         MountPoint { root: "/part".into(), ..tmpfs("/part", "0:5") },
         tmpfs("/dev/shm", "0:6"),
     ];
-    let expected = TmpfsFacts { at: "/dev".into(), options: "rw,size=64k".into() };
+    let expected =
+        TmpfsFacts { at: "/dev".into(), device: "0:1".into(), writable: true, options: "rw,size=64k".into() };
     assert_eq!(own_tmpfs(&mounts, &["/dev/shm".into()]), [expected]);
     mounts.clear();
     assert_eq!(own_tmpfs(&mounts, &[]), []);

@@ -40,7 +40,7 @@ mod raw;
 #[cfg(test)]
 mod samples;
 
-pub use bundle::{BundleError, BundleFacts, CgroupFacts};
+pub use bundle::{BundleError, BundleFacts, CgroupFacts, TmpfsFacts};
 pub use compare::{Difference, Stage, compare};
 pub use error::{EngineError, EngineErrorKind};
 pub use host::{HostError, HostFacts};

@@ -14,6 +14,7 @@ use crate::path::RelPath;
 use crate::scan::scan;
 use crate::tree::Tree;
 use crate::wire::{Begin, FrameWriter, PassId, Record, RootId, Totals, VERSION};
+pub use content::Block;
 use content::{Against, BlockSums, Content};
 
 /// Which entries of a directory are the tree.
@@ -56,6 +57,7 @@ pub struct Source {
     id: RootId,
     path: PathBuf,
     scope: Scope,
+    block: Block,
 }
 
 /// What the target holds after a pass, and what the next one builds upon. Worth nothing once the target has
@@ -89,6 +91,12 @@ impl Base {
     pub fn entries(&self) -> usize {
         self.snapshot.entries.len()
     }
+
+    /// All files in it: to be forced in a tree whose files may all have been written to without a trace.
+    pub fn files(&self) -> BTreeSet<RelPath> {
+        let files = self.snapshot.entries.iter().filter(|(_, entry)| file_size(entry).is_some());
+        files.map(|(path, _)| path.clone()).collect()
+    }
 }
 
 impl Scope {
@@ -115,7 +123,13 @@ impl Scope {
 impl Source {
     /// The tree at `path`, which need not exist before the first pass. `id` is what the target calls it.
     pub fn new(id: RootId, path: &Path, scope: Scope) -> Self {
-        Self { id, path: path.to_owned(), scope }
+        Self { id, path: path.to_owned(), scope, block: Block::Coarse }
+    }
+
+    /// The same tree, whose files are compared in blocks of this size; every pass of a tree has to use the same.
+    #[must_use]
+    pub fn in_blocks(self, block: Block) -> Self {
+        Self { block, ..self }
     }
 
     /// Sends what the target lacks: everything without `base`, else what has changed since the pass which left it.
@@ -139,7 +153,7 @@ impl Source {
             tree: &tree,
             scope: &self.scope,
             snapshot: &snapshot,
-            content: Content::new(),
+            content: Content::new(self.block),
             old_sums: base.as_ref().map(|base| &base.sums),
             sums: HashMap::new(),
             suspect: BTreeSet::new(),

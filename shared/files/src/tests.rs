@@ -1,5 +1,6 @@
 //! Real trees, as root, on the file system that holds temporary files.
 
+mod blocks;
 mod compare;
 mod hostile;
 mod overlay;
@@ -11,7 +12,7 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use tempfile::TempDir;
 
-use crate::source::Scope;
+use crate::source::{Block, Scope};
 use crate::{Applier, Base, Pass, PassReport, RelPath, RootId, Source, Targets};
 
 /// A source and a target directory, and what stands between them.
@@ -29,6 +30,13 @@ fn id() -> RootId {
 impl Pair {
     fn new() -> Self {
         Self::scoped(Scope::Tree)
+    }
+
+    /// As for files in memory.
+    fn fine() -> Self {
+        let mut pair = Self::new();
+        pair.source = Source::new(id(), &pair.from(""), Scope::Tree).in_blocks(Block::Fine);
+        pair
     }
 
     fn scoped(scope: Scope) -> Self {

@@ -44,6 +44,8 @@ pub enum Effect {
     Throttle(u8),
     /// Target: everything of a start that needs no state.
     Prepare,
+    /// Source: a further pass over what lies in memory, which may be written faster than files on disk.
+    SyncTmpfs,
     /// Source: freeze.
     Freeze,
     /// Target: its packets come here and are kept.
@@ -112,7 +114,9 @@ impl Effect {
             Self::Create | Self::Prepare | Self::TakePackets | Self::Restore => Some(Self::UndoTarget),
             Self::OpenPages => Some(Self::CloseTargetPages),
             Self::OpenFiles => Some(Self::CloseTargetFiles),
-            Self::SyncFiles | Self::SyncFrozen | Self::ShipImages => Some(Self::CloseSourceFiles),
+            Self::SyncFiles | Self::SyncTmpfs | Self::SyncFrozen | Self::ShipImages => {
+                Some(Self::CloseSourceFiles)
+            }
             Self::StartTracking | Self::RunRound(_) | Self::FinalRound => Some(Self::CloseSourcePages),
             Self::Throttle(_) => Some(Self::Unthrottle),
             Self::Freeze | Self::Dump => Some(Self::RollBackSource),
@@ -172,6 +176,7 @@ impl fmt::Display for Effect {
             Self::Throttle(keep) => return f.pad(&format!("throttle to {keep} %")),
             Self::Unthrottle => "end of throttling",
             Self::Prepare => "prepare target",
+            Self::SyncTmpfs => "sync tmpfs",
             Self::Freeze => "freeze",
             Self::TakePackets => "take packets",
             Self::Dump => "dump",
@@ -216,7 +221,7 @@ pub enum Success {
     PagesOpened(PagesOpened),
     /// Of [`Effect::OpenFiles`].
     FilesOpened(FilesOpened),
-    /// Of [`Effect::SyncFiles`], [`Effect::SyncFrozen`] and [`Effect::ShipImages`].
+    /// Of [`Effect::SyncFiles`], [`Effect::SyncTmpfs`], [`Effect::SyncFrozen`] and [`Effect::ShipImages`].
     Synced(FilesSynced),
     /// Of [`Effect::StartTracking`].
     Tracking(TrackingStarted),

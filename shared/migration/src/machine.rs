@@ -204,9 +204,10 @@ impl Migration {
             (Effect::Create, Success::Created(created)) => facts.created = Some(created),
             (Effect::OpenPages, Success::PagesOpened(opened)) => facts.pages = Some(opened),
             (Effect::OpenFiles, Success::FilesOpened(opened)) => facts.files = Some(opened),
-            (Effect::SyncFiles | Effect::SyncFrozen | Effect::ShipImages, Success::Synced(synced)) => {
-                facts.passes.push(synced);
-            }
+            (
+                Effect::SyncFiles | Effect::SyncTmpfs | Effect::SyncFrozen | Effect::ShipImages,
+                Success::Synced(synced),
+            ) => facts.passes.push(synced),
             (Effect::StartTracking, Success::Tracking(tracking)) => facts.tracking = Some(tracking),
             (Effect::RunRound(_), Success::Round(report)) => facts.rounds.push(report),
             (Effect::Throttle(keep), Success::Unit) => {
@@ -389,6 +390,8 @@ impl Migration {
             Phase::Track => vec![Effect::StartTracking],
             Phase::PreCopy | Phase::Settle if self.is_tracked() => vec![Effect::RunRound(self.next_round())],
             Phase::PreCopy | Phase::Settle => Vec::new(),
+            // It takes as long as it takes to look through, which the target needs to prepare anyway.
+            Phase::Prepare if self.has_tmpfs() => vec![Effect::Prepare, Effect::SyncTmpfs],
             Phase::Prepare => vec![Effect::Prepare],
             Phase::Freeze => vec![Effect::Freeze],
             Phase::Switch => {
@@ -440,6 +443,10 @@ impl Migration {
 
     fn image_is_missing(&self) -> bool {
         self.facts.checked.as_ref().is_some_and(|checked| !checked.image_present)
+    }
+
+    fn has_tmpfs(&self) -> bool {
+        self.facts.files.as_ref().is_some_and(|files| !files.tmpfs.is_empty())
     }
 
     fn is_tracked(&self) -> bool {

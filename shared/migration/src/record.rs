@@ -99,7 +99,7 @@ pub struct Facts {
     /// How pre-copy ended.
     #[serde(default)]
     pub convergence: Option<Convergence>,
-    /// The file passes: live, frozen, and the dump.
+    /// The file passes: live, of the tmpfs mounts once more if there are any, frozen, and the dump.
     pub passes: Vec<FilesSynced>,
     /// What the target has made ready.
     #[serde(default)]

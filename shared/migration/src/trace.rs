@@ -208,7 +208,9 @@ fn effects(migration: &Migration, end: Micros, clock: Clock) -> Vec<Piece> {
                 args.extend(migration.facts.last_round.iter().flat_map(|last| round_args(&last.round)))
             }
             // Their answers come in this order, and after a failure there is no other.
-            Effect::SyncFiles | Effect::SyncFrozen | Effect::ShipImages if span.to.is_some() => {
+            Effect::SyncFiles | Effect::SyncTmpfs | Effect::SyncFrozen | Effect::ShipImages
+                if span.to.is_some() =>
+            {
                 args.extend(passes.next().into_iter().flat_map(|pass| {
                     let wire = ("wire_bytes", Arg::Number(pass.wire.0));
                     [("entries", Arg::Number(pass.entries)), ("sent", Arg::Number(pass.sent)), wire]
@@ -260,6 +262,7 @@ fn place(effect: Effect) -> (Group, &'static str) {
         }
         Effect::PushImage
         | Effect::SyncFiles
+        | Effect::SyncTmpfs
         | Effect::SyncFrozen
         | Effect::ShipImages
         | Effect::CloseSourceFiles => (Group::Source, Service::Syncer),

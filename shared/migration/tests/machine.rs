@@ -16,7 +16,7 @@ use haulage_protocol::job::{Job, Options};
 use haulage_protocol::page_shipper::{FinalReport, PagesOpened, RoundReport, TrackingStarted};
 use haulage_protocol::restorer::{Checked, Created, Filled, Prepared, Restored, Verified};
 use haulage_protocol::secret::Token;
-use haulage_protocol::syncer::{FilesOpened, FilesSynced, ImagePulled, ImagePushed};
+use haulage_protocol::syncer::{FilesOpened, FilesSynced, ImagePulled, ImagePushed, TargetRoot};
 use haulage_protocol::unit::{Bytes, Micros, Pages};
 use haulage_protocol::version::Version;
 use proptest::prelude::*;
@@ -83,6 +83,7 @@ impl World {
             Effect::OpenPages => drop(self.open.insert("target pages")),
             Effect::OpenFiles => drop(self.open.insert("target files")),
             Effect::SyncFiles => drop(self.open.insert("source files")),
+            Effect::SyncTmpfs => assert_ne!(self.source, Source::Frozen, "a live pass of what stands still"),
             Effect::StartTracking => drop(self.open.insert("source pages")),
             Effect::Freeze if self.source == Source::Running => self.source = Source::Frozen,
             Effect::Throttle(_) => self.throttled = true,
@@ -182,6 +183,7 @@ impl World {
                 disk: Bytes(0),
                 image_size: Bytes(0),
                 roots: Vec::new(),
+                tmpfs: Vec::new(),
                 descriptors: Vec::new(),
                 mapped_writable: Vec::new(),
             })),
@@ -194,14 +196,21 @@ impl World {
             Effect::OpenPages => {
                 Success::PagesOpened(PagesOpened { address: String::new(), store: String::new() })
             }
-            Effect::OpenFiles => Success::FilesOpened(FilesOpened { address: String::new() }),
-            Effect::SyncFiles | Effect::SyncFrozen | Effect::ShipImages => Success::Synced(FilesSynced {
-                entries: 0,
-                sent: 0,
-                deleted: 0,
-                wire: Bytes(0),
-                took: Micros(0),
-            }),
+            Effect::OpenFiles => {
+                // One world is as good as the other for being the one with a tmpfs.
+                let tmpfs = TargetRoot { root: "tmpfs:/dev/shm".into(), path: String::new() };
+                let tmpfs = if self.image_present { Vec::new() } else { vec![tmpfs] };
+                Success::FilesOpened(FilesOpened { address: String::new(), tmpfs })
+            }
+            Effect::SyncFiles | Effect::SyncTmpfs | Effect::SyncFrozen | Effect::ShipImages => {
+                Success::Synced(FilesSynced {
+                    entries: 0,
+                    sent: 0,
+                    deleted: 0,
+                    wire: Bytes(0),
+                    took: Micros(0),
+                })
+            }
             Effect::StartTracking => Success::Tracking(TrackingStarted {
                 tracker: self.tracker.into(),
                 reason: None,

@@ -70,6 +70,9 @@ pub struct Inspected {
     pub image_size: Bytes,
     /// The directories that the files service carries over.
     pub roots: Vec<SourceRoot>,
+    /// The tmpfs mounts that it carries over besides.
+    #[serde(default)]
+    pub tmpfs: Vec<SourceTmpfs>,
     /// What the descriptors 0, 1 and 2 of its first process were at its start (`pipe:[1234]`, `/dev/null`).
     #[serde(default)]
     pub descriptors: Vec<String>,
@@ -85,6 +88,29 @@ pub struct SourceRoot {
     pub root: String,
     /// Where it is on the source host.
     pub path: String,
+}
+
+/// A tmpfs of the container on the source host, seen by its processes only.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceTmpfs {
+    /// Where it is in the container.
+    pub at: String,
+    /// A process that sees it there, on the source host: the container's first one.
+    pub process: i32,
+    /// Which file system it is there, as `major:minor`.
+    pub device: String,
+    /// Its options as the kernel shows them, such as `rw,size=65536k`.
+    pub options: String,
+    /// What its files take up.
+    pub used: Bytes,
+}
+
+impl SourceTmpfs {
+    /// What it is called between the hosts, as [`SourceRoot::root`].
+    #[must_use]
+    pub fn root(&self) -> String {
+        format!("tmpfs:{}", self.at)
+    }
 }
 
 /// Lets the container have only a share of the processor time that it used until now, so that it writes less memory.
@@ -154,6 +180,9 @@ pub struct Dump {
     pub container: ContainerId,
     /// How its network comes into being on the target.
     pub network: Network,
+    /// The tmpfs mounts whose files the files service carries. What they are must not have changed.
+    #[serde(default)]
+    pub tmpfs: Vec<SourceTmpfs>,
 }
 
 /// How a container's network comes into being on the target.

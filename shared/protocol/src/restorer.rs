@@ -18,7 +18,7 @@ pub struct Check {
     pub source: Value,
     /// The image's content id.
     pub image: String,
-    /// Memory in use on the source.
+    /// Memory in use on the source, by processes and in tmpfs mounts.
     pub memory: Bytes,
     /// What the writable layer and the volumes take up on disk.
     pub disk: Bytes,
@@ -32,7 +32,7 @@ impl From<&Inspected> for Check {
             spec: inspected.spec.clone(),
             source: inspected.host.clone(),
             image: inspected.image.clone(),
-            memory: inspected.memory,
+            memory: inspected.memory + inspected.tmpfs.iter().map(|tmpfs| tmpfs.used).sum(),
             disk: inspected.disk,
             image_size: inspected.image_size,
         }
@@ -104,6 +104,9 @@ pub struct Restore {
     pub container: ContainerId,
     /// The sealed page store (`PagesOpened::store`).
     pub store: String,
+    /// The tmpfs mounts that the files service has filled (`FilesOpened::tmpfs`), in the order of `Dump::tmpfs`.
+    #[serde(default)]
+    pub tmpfs: Vec<TargetRoot>,
 }
 
 /// The answer to [`Restore`].

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::checkpointer::{MappedFile, rpc};
+use crate::checkpointer::{MappedFile, SourceTmpfs, rpc};
 use crate::rpc::{Rpc, Service};
 use crate::secret::Token;
 use crate::transfer::Rate;
@@ -49,12 +49,15 @@ pub struct OpenFiles {
     pub token: Token,
     /// Where each root goes.
     pub roots: Vec<TargetRoot>,
+    /// The tmpfs mounts to make.
+    #[serde(default)]
+    pub tmpfs: Vec<SourceTmpfs>,
 }
 
 /// A directory or file of the container on the target host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TargetRoot {
-    /// What it is: `layer`, `log`, `images` or `volume:<name>`. The same on both hosts.
+    /// What it is: `layer`, `log`, `images`, `volume:<name>` or `tmpfs:<path in the container>`. The same on both hosts.
     pub root: String,
     /// Where it is on the target host.
     pub path: String,
@@ -65,6 +68,11 @@ pub struct TargetRoot {
 pub struct FilesOpened {
     /// Where the source connects to: `address:port`.
     pub address: String,
+    /// The tmpfs mounts that were made, in the order of the request. They are mounted nowhere: their paths are those of
+    /// descriptors of the files service (`/proc/<pid>/fd/<descriptor>`), and they are gone when it closes the session or
+    /// dies, unless somebody has mounted them.
+    #[serde(default)]
+    pub tmpfs: Vec<TargetRoot>,
 }
 
 /// Source role: carries these roots over. The first pass of a root sends all of it, a later one what changed.
@@ -90,12 +98,17 @@ pub struct SyncFiles {
 /// A directory or file of the container, on both hosts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SyncRoot {
-    /// What it is: `layer`, `log`, `images`, `volume:<name>` or `volume-at:<path in the container>`.
+    /// What it is: `layer`, `log`, `images`, `volume:<name>`, `volume-at:<path in the container>` or
+    /// `tmpfs:<path in the container>`.
     pub root: String,
     /// Where it is on the source host.
     pub source: String,
     /// Where it goes on the target host; a log file has another name there.
     pub target: String,
+    /// It is this tmpfs, which has no place of its own on the source host. All its files are compared when the container
+    /// is frozen, since what is written to mapped ones leaves no trace in their times.
+    #[serde(default)]
+    pub tmpfs: Option<SourceTmpfs>,
 }
 
 /// The answer to [`SyncFiles`], and what the record keeps of a pass.

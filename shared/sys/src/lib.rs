@@ -15,6 +15,7 @@
 //! | [`freezer`] | freezes and thaws a cgroup, version 1 or 2 |
 //! | [`netns`] | runs code in another process's network namespace |
 //! | [`mount_ns`] | starts a program in a mount namespace of its own |
+//! | [`tmpfs`] | a tmpfs that is mounted nowhere until somebody takes it |
 //! | [`packet`] | takes arriving packets, and puts them back |
 //! | [`rcu`] | shortens waits of the kernel's while a container stands still |
 //! | [`arp`] | announces an address on a network segment |
@@ -40,6 +41,7 @@ pub mod rcu;
 pub mod soft_dirty;
 pub mod standstill;
 mod thread_choice;
+pub mod tmpfs;
 pub mod uffd;
 pub mod vm_read;
 

@@ -15,8 +15,24 @@ use crate::error::FilesError;
 use crate::path::RelPath;
 use crate::wire::{Blob, MAX_DATA_BYTES, Record};
 
-/// The unit of comparison. Files of one block are not worth remembering.
-const BLOCK: u64 = 64 << 10;
+/// The unit of comparison, in bytes. Files of one block are not worth remembering.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Block {
+    /// 64 KiB, of which 256 KiB are remembered for each GiB of files.
+    Coarse,
+    /// 16 KiB, of which a MiB is remembered: for files of which little pieces change in many places. Smaller ones take
+    /// longer to hash.
+    Fine,
+}
+
+impl Block {
+    const fn bytes(self) -> u64 {
+        match self {
+            Self::Coarse => 64 << 10,
+            Self::Fine => 16 << 10,
+        }
+    }
+}
 
 /// Where blocks are partly holes, pages of zeros are left out.
 const PAGE: usize = 4 << 10;
@@ -60,6 +76,7 @@ impl Against<'_> {
 #[derive(Debug)]
 pub(super) struct Content {
     buffer: Box<[u8]>,
+    block: u64,
 }
 
 /// A file that was sent.
@@ -71,8 +88,8 @@ pub(super) struct Sent {
 }
 
 impl Content {
-    pub(super) fn new() -> Self {
-        Self { buffer: vec![0; MAX_DATA_BYTES].into() }
+    pub(super) fn new(block: Block) -> Self {
+        Self { buffer: vec![0; MAX_DATA_BYTES].into(), block: block.bytes() }
     }
 
     /// Sends the first `size` bytes of a file as far as the target's differs. A file which has become shorter is
@@ -86,22 +103,24 @@ impl Content {
         put: &mut Put<'_>,
     ) -> Result<Sent, FilesError> {
         let failed = FilesError::io("read", path);
-        let mut sums = (size > BLOCK).then(Vec::new);
+        let block = self.block;
+        let mut sums = (size > block).then(Vec::new);
         let mut at = 0;
         while at < size {
             let (data, data_end) = next_data(file, at, size).map_err(&failed)?;
             // Blocks that begin before the data, as far as no data is in them.
-            let hole_end = if data == size { size } else { data - data % BLOCK };
+            let hole_end = if data == size { size } else { data - data % block };
             if at < hole_end {
-                skip_hole(at, hole_end, against, sums.as_mut(), put)?;
+                skip_hole(block, (at, hole_end), against, sums.as_mut(), put)?;
                 at = hole_end;
             }
-            let stop = data_end.next_multiple_of(BLOCK).min(size);
+            let stop = data_end.next_multiple_of(block).min(size);
             while at < stop {
                 let want = (stop - at).min(self.buffer.len() as u64) as usize;
                 let buffer = self.buffer.get_mut(..want).unwrap_or_default();
                 read_or_zero(file, buffer, at).map_err(&failed)?;
-                send_blocks(buffer, at, (data, data_end), against, sums.as_mut(), put)?;
+                let blocks = Blocks { buffer, at, size: block };
+                blocks.send((data, data_end), against, sums.as_mut(), put)?;
                 at += want as u64;
             }
         }
@@ -151,13 +170,13 @@ fn read_or_zero(file: &File, buffer: &mut [u8], mut at: u64) -> io::Result<()> {
 }
 
 fn skip_hole(
-    at: u64,
-    end: u64,
+    block: u64,
+    (at, end): (u64, u64),
     against: Against<'_>,
     sums: Option<&mut Vec<BlockSum>>,
     put: &mut Put<'_>,
 ) -> Result<(), FilesError> {
-    let blocks = at / BLOCK..end.div_ceil(BLOCK);
+    let blocks = at / block..end.div_ceil(block);
     if blocks.clone().any(|block| against.differs(block, &HOLE)) {
         put(&Record::Hole { offset: at, length: end - at })?;
     }
@@ -167,40 +186,49 @@ fn skip_hole(
     Ok(())
 }
 
-/// Sends those of the blocks in `buffer`, which was read at `at`, that differ. `data` is the range of the file which
-/// is surely stored; blocks reach beyond it at its ends.
-fn send_blocks(
-    buffer: &[u8],
+/// A piece of a file, as it was read.
+struct Blocks<'a> {
+    buffer: &'a [u8],
     at: u64,
-    data: (u64, u64),
-    against: Against<'_>,
-    mut sums: Option<&mut Vec<BlockSum>>,
-    put: &mut Put<'_>,
-) -> Result<(), FilesError> {
-    let mut run = Run { buffer, at, range: 0..0 };
-    for (index, block) in buffer.chunks(BLOCK as usize).enumerate() {
-        let begin = index * BLOCK as usize;
-        let offset = at + begin as u64;
-        let differs = match &mut sums {
-            Some(sums) => {
-                let sum = sum_of(block);
-                sums.push(sum);
-                against.differs(offset / BLOCK, &sum)
-            }
-            None => true,
-        };
-        let stored = data.0 <= offset && offset + block.len() as u64 <= data.1;
-        if differs && (stored || !matches!(against, Against::Nothing)) {
-            run.add(begin, block.len(), put)?;
-        } else if differs {
-            for (page, bytes) in
-                block.chunks(PAGE).enumerate().filter(|(_, page)| page.iter().any(|b| *b != 0))
-            {
-                run.add(begin + page * PAGE, bytes.len(), put)?;
+    /// Of each, in bytes.
+    size: u64,
+}
+
+impl Blocks<'_> {
+    /// Sends those that differ. `data` is the range of the file which is surely stored; blocks reach beyond it at its
+    /// ends.
+    fn send(
+        &self,
+        data: (u64, u64),
+        against: Against<'_>,
+        mut sums: Option<&mut Vec<BlockSum>>,
+        put: &mut Put<'_>,
+    ) -> Result<(), FilesError> {
+        let mut run = Run { buffer: self.buffer, at: self.at, range: 0..0 };
+        for (index, block) in self.buffer.chunks(self.size as usize).enumerate() {
+            let begin = index * self.size as usize;
+            let offset = self.at + begin as u64;
+            let differs = match &mut sums {
+                Some(sums) => {
+                    let sum = sum_of(block);
+                    sums.push(sum);
+                    against.differs(offset / self.size, &sum)
+                }
+                None => true,
+            };
+            let stored = data.0 <= offset && offset + block.len() as u64 <= data.1;
+            if differs && (stored || !matches!(against, Against::Nothing)) {
+                run.add(begin, block.len(), put)?;
+            } else if differs {
+                for (page, bytes) in
+                    block.chunks(PAGE).enumerate().filter(|(_, page)| page.iter().any(|b| *b != 0))
+                {
+                    run.add(begin + page * PAGE, bytes.len(), put)?;
+                }
             }
         }
+        run.flush(put)
     }
-    run.flush(put)
 }
 
 /// Neighbouring pieces of a buffer, to be sent as one.
