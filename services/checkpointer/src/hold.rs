@@ -17,7 +17,7 @@ use haulage_engine::{BundleFacts, TmpfsFacts};
 use haulage_pages::in_flight::Rings;
 use haulage_pages::maps::Maps;
 use haulage_pages::object;
-use haulage_pages::process::{self, Vpid};
+use haulage_pages::process::{self, Process, Vpid};
 use haulage_protocol::checkpointer::{Confirmed, Dump, Dumped, Network, SourceTmpfs};
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::MigrationId;
@@ -130,7 +130,6 @@ type Guards = Vec<(Vpid, Vec<Range<u64>>)>;
 /// Hides the memory that the page-shipper carries, writes down what CRIU does not even know of, and tells what else it does
 /// not see behind the mask.
 fn cover(mut mask: PagemapMask, session: &Session, images: &Path) -> Result<(PagemapMask, Guards), Fault> {
-    let mut guards = Guards::new();
     let mut all = Vec::new();
     for process in process::list(&session.notes.procs).map_err(fault(DUMP))? {
         let maps = Maps::of(process.pid).map_err(fault(DUMP))?;
@@ -139,12 +138,29 @@ fn cover(mut mask: PagemapMask, session: &Session, images: &Path) -> Result<(Pag
             all.push((process, maps));
         }
     }
-    let objects = object::carried(&all).map_err(fault(DUMP))?;
-    let mut left_out = LeftOut::default();
-    for (process, maps) in &all {
-        let hidden: Vec<_> = maps.tracked().map(|pages| pages.addresses()).collect();
+    // Both take milliseconds for each GiB of memory.
+    std::thread::scope(|scope| {
+        let guards = scope.spawn(|| guards(&all));
+        let hidden = hide(&mut mask, &all, images);
+        let guards = guards.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        hidden.map(|()| guards)
+    })
+    .map(|guards| (mask, guards))
+}
+
+fn guards(all: &[(Process, Maps)]) -> Result<Guards, Fault> {
+    let guards = all.iter().map(|(process, _)| {
         let guarded = Pagemap::open(process.pid).and_then(|mut pagemap| pagemap.guards());
-        guards.push((process.vpid, guarded.map_err(fault(DUMP))?));
+        Ok((process.vpid, guarded.map_err(fault(DUMP))?))
+    });
+    guards.collect()
+}
+
+fn hide(mask: &mut PagemapMask, all: &[(Process, Maps)], images: &Path) -> Result<(), Fault> {
+    let objects = object::carried(all).map_err(fault(DUMP))?;
+    let mut left_out = LeftOut::default();
+    for (process, maps) in all {
+        let hidden: Vec<_> = maps.tracked().map(|pages| pages.addresses()).collect();
         let theirs = objects.values().flatten().filter(|mapping| mapping.process == *process);
         let unknown: Vec<_> = theirs.map(|mapping| mapping.pages.addresses()).collect();
         let pid = process.pid.as_raw_nonzero().get();
@@ -162,7 +178,7 @@ fn cover(mut mask: PagemapMask, session: &Session, images: &Path) -> Result<(Pag
     if !left_out.processes.is_empty() {
         left_out.write(images).map_err(fault(DUMP))?;
     }
-    Ok((mask, guards))
+    Ok(())
 }
 
 fn request(bundle: &BundleFacts, images: PathBuf, work: PathBuf, ask: &Dump) -> Result<DumpRequest, Fault> {

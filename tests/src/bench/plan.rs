@@ -165,7 +165,9 @@ pub fn quick() -> Plan {
     let all = full().cells;
     let chosen = names.iter().filter_map(|(name, ours, others)| {
         let mut cell = all.iter().find(|cell| cell.name == *name)?.clone();
-        cell.contenders.retain(|c| !matches!(c.engine, Engine::Docker) || *name == FIXED);
+        // On a GiB they take minutes.
+        let is_quick = |engine: &Engine| !matches!(engine, Engine::Docker | Engine::Podman);
+        cell.contenders.retain(|c| is_quick(&c.engine) || *name == FIXED);
         cell.contenders.retain(|c| matches!(c.engine, Engine::Haul(_)) || *others > 0);
         for contender in &mut cell.contenders {
             let most = if matches!(contender.engine, Engine::Haul(_)) { *ours } else { *others };
