@@ -53,11 +53,11 @@ async fn session_in(dir: tempfile::TempDir) -> Session {
 
 /// A batch with one page of zeros.
 fn batch(round: u32, page: u64) -> Bytes {
-    let mut bytes = b"HPB2\0\0\0\0".to_vec();
+    let mut bytes = b"HPB3\0\0\0\0".to_vec();
     for word in [1, round, 1, 0, 1, 0] {
         bytes.extend(u32::to_le_bytes(word));
     }
-    bytes.extend((page | 1 << 36 | 1 << 63).to_le_bytes());
+    bytes.extend((page | 1 << 36).to_le_bytes());
     bytes.into()
 }
 
@@ -69,7 +69,7 @@ fn full_batch(page: u64) -> Bytes {
     bytes.truncate(bytes.len() - size_of::<u64>() - size_of::<u32>());
     bytes.extend(((PAGES << 12) as u32).to_le_bytes());
     bytes.resize(bytes.len() + (PAGES << 12) as usize, 7);
-    bytes.extend((page | PAGES << 36).to_le_bytes());
+    bytes.extend((page | PAGES << 36 | 0b1111 << 56).to_le_bytes());
     bytes.into()
 }
 
