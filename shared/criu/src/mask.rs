@@ -61,7 +61,7 @@ pub enum MaskError {
     #[error("{0} is not on tmpfs")]
     NotTmpfs(PathBuf),
     /// The mappings of a process are not those that were to be hidden.
-    #[error("cannot hide shared memory of process {pid}")]
+    #[error("cannot leave mappings of process {pid} out")]
     Smaps {
         /// Whose.
         pid: i32,
@@ -87,6 +87,17 @@ pub struct PagemapMask {
 /// What masked CRIUs find out about the kernel: the content of their cache, and of which program it is.
 #[derive(Debug, Default)]
 pub(crate) struct Findings(Mutex<Option<(Signature, Vec<u8>)>>);
+
+impl Findings {
+    fn of(&self, program: &Signature) -> Option<Vec<u8>> {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.as_ref().filter(|(of, _)| of == program).map(|(_, cache)| cache.clone())
+    }
+
+    fn keep(&self, program: Signature, cache: Vec<u8>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((program, cache));
+    }
+}
 
 /// Tells a program from the one that replaces it.
 #[derive(Debug, PartialEq, Eq)]
@@ -123,16 +134,13 @@ impl PagemapMask {
         sparse(&mask.hole)?;
         fs::create_dir(&run).map_err(at(&run))?;
         let program = Signature::of(criu.program()).map_err(at(criu.program()))?;
-        let mut findings = criu.findings.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match findings.as_ref().filter(|(of, _)| *of == program) {
-            Some((_, cache)) => fs::write(&mask.cache, cache).map_err(at(&mask.cache))?,
+        match criu.findings.of(&program) {
+            Some(cache) => fs::write(&mask.cache, cache).map_err(at(&mask.cache))?,
             None => {
                 mask.make_cache(criu, run)?;
-                let cache = fs::read(&mask.cache).map_err(at(&mask.cache))?;
-                *findings = Some((program, cache));
+                criu.findings.keep(program, fs::read(&mask.cache).map_err(at(&mask.cache))?);
             }
         }
-        drop(findings);
         Ok(mask)
     }
 

@@ -215,7 +215,7 @@ pub(crate) fn add(left_out: &LeftOut, received: &Path, out: &Path, pids: &[u32])
         return Ok(());
     }
     refuse_known(left_out, received)?;
-    let first = add_files(left_out, received, out)?;
+    let first = if left_out.objects.is_empty() { 0 } else { add_files(left_out, received, out)? };
     for LeftOutProcess { pid, mappings } in &left_out.processes {
         if !pids.contains(pid) {
             return Err(MergeError::NoProcess(*pid));

@@ -55,7 +55,8 @@ pub(crate) fn without(
             Some(_) => (line, flags),
             None => (head, line.strip_prefix("VmFlags:").unwrap_or(flags)),
         });
-        let is_plain = || flags.split_ascii_whitespace().all(|word| PLAIN.contains(&word));
+        let is_plain =
+            || !flags.is_empty() && flags.split_ascii_whitespace().all(|word| PLAIN.contains(&word));
         let left_out = match range {
             Some(range) if hidden.contains(&range) => {
                 let mapping = mapping(head, range).filter(|mapping| !mapping.is_private());

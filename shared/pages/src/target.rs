@@ -86,7 +86,7 @@ impl TargetEngine {
     /// Takes one encoded batch in. Batches of one round may come in any order, rounds only one after the other.
     ///
     /// # Errors
-    /// A batch that is refused changes nothing; after a failure of the disk the session is lost.
+    /// A batch that cannot be decoded, or is late, changes nothing; after any other error the session is lost.
     pub fn apply(&mut self, bytes: &[u8]) -> Result<Applied, TargetError> {
         self.store(&Batch::decode(bytes)?)
     }

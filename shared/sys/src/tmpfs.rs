@@ -17,7 +17,10 @@ use rustix::mount::{
 const SIZE: &str = "size";
 /// Options that can be set as the kernel shows them (`shmem_show_options` of `mm/shmem.c`). Others, such as a memory policy
 /// or a security module's label, cannot.
-const SETTABLE: [&str; 8] = [SIZE, "nr_inodes", "mode", "uid", "gid", "huge", "inode32", "inode64"];
+const INODES: &str = "nr_inodes";
+/// More inodes than any machine has room for. None at all could not be bounded afterwards.
+const NO_BOUND: &str = "1g";
+const SETTABLE: [&str; 8] = [SIZE, INODES, "mode", "uid", "gid", "huge", "inode32", "inode64"];
 
 /// Whether [`detached`] can make a tmpfs with these options, as the kernel shows them, such as `rw,size=64k`; one that
 /// may not be written to is none that can be filled.
@@ -29,8 +32,8 @@ pub fn is_settable(options: &str) -> bool {
     })
 }
 
-/// Makes an empty tmpfs with these options. While it is filled it is not bounded by its size, since a file that is
-/// replaced is there twice for a moment; [`attach`] sets the bound.
+/// Makes an empty tmpfs with these options. While it is filled it is not bounded by them, since what is copied from a
+/// tree in motion may be more than that has at any moment; [`attach`] sets the bounds.
 ///
 /// # Errors
 /// `InvalidInput` if the options are not settable; what the kernel says of them; for want of `CAP_SYS_ADMIN`.
@@ -43,6 +46,7 @@ pub fn detached(options: &str) -> io::Result<OwnedFd> {
     for option in options.split(',').filter(|option| *option != "rw") {
         match option.split_once('=') {
             Some((SIZE, _)) => fsconfig_set_string(&context, SIZE, "100%")?,
+            Some((INODES, _)) => fsconfig_set_string(&context, INODES, NO_BOUND)?,
             Some((name, value)) => fsconfig_set_string(&context, name, value)?,
             None => fsconfig_set_flag(&context, option)?,
         }
@@ -57,10 +61,15 @@ pub fn detached(options: &str) -> io::Result<OwnedFd> {
 /// When it holds more than that, is mounted already, or for want of `CAP_SYS_ADMIN`.
 pub fn attach(tmpfs: &OwnedFd, place: &Path, options: &str) -> io::Result<()> {
     move_mount(tmpfs, "", CWD, place, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
-    let size = options.split(',').find_map(|option| option.split_once('=').filter(|(name, _)| *name == SIZE));
-    let Some((_, size)) = size else { return Ok(()) };
+    let options = options.split(',').filter_map(|option| option.split_once('='));
+    let bounds: Vec<_> = options.filter(|(name, _)| [SIZE, INODES].contains(name)).collect();
+    if bounds.is_empty() {
+        return Ok(());
+    }
     let context = fspick(CWD, place, FsPickFlags::FSPICK_CLOEXEC)?;
-    fsconfig_set_string(&context, SIZE, size)?;
+    for (name, bound) in bounds {
+        fsconfig_set_string(&context, name, bound)?;
+    }
     Ok(fsconfig_reconfigure(&context)?)
 }
 

@@ -15,13 +15,13 @@ use crate::error::FilesError;
 use crate::path::RelPath;
 use crate::wire::{Blob, MAX_DATA_BYTES, Record};
 
-/// The unit of comparison, in bytes. Files of one block are not worth remembering.
+/// The unit of comparison, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Block {
-    /// 64 KiB, of which 256 KiB are remembered for each GiB of files.
+    /// 64 KiB, of which 256 KiB are remembered for each GiB of files. Those of one block are not worth it.
     Coarse,
     /// 16 KiB, of which a MiB is remembered: for files of which little pieces change in many places. Smaller ones take
-    /// longer to hash.
+    /// longer to hash. All files are remembered, since all are compared.
     Fine,
 }
 
@@ -77,6 +77,8 @@ impl Against<'_> {
 pub(super) struct Content {
     buffer: Box<[u8]>,
     block: u64,
+    /// Files up to so many bytes are not remembered.
+    forgotten: u64,
 }
 
 /// A file that was sent.
@@ -89,7 +91,8 @@ pub(super) struct Sent {
 
 impl Content {
     pub(super) fn new(block: Block) -> Self {
-        Self { buffer: vec![0; MAX_DATA_BYTES].into(), block: block.bytes() }
+        let forgotten = if block == Block::Coarse { block.bytes() } else { 0 };
+        Self { buffer: vec![0; MAX_DATA_BYTES].into(), block: block.bytes(), forgotten }
     }
 
     /// Sends the first `size` bytes of a file as far as the target's differs. A file which has become shorter is
@@ -104,7 +107,7 @@ impl Content {
     ) -> Result<Sent, FilesError> {
         let failed = FilesError::io("read", path);
         let block = self.block;
-        let mut sums = (size > block).then(Vec::new);
+        let mut sums = (size > self.forgotten).then(Vec::new);
         let mut at = 0;
         while at < size {
             let (data, data_end) = next_data(file, at, size).map_err(&failed)?;
