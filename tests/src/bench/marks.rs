@@ -195,14 +195,20 @@ fn page_path(results: &Results) -> Mark {
 }
 
 fn tax(results: &Results) -> Mark {
-    let found = summary(results, TAX, OURS, Sample::tax).and_then(|tax| {
+    let found = summary(results, TAX, OURS, Sample::repeated_tax).and_then(|tax| {
+        let all = summary(results, TAX, OURS, Sample::tax)?;
         let pace = summary(results, TAX, OURS, |sample| sample.moved.pace)?;
         // The last one, which is the reason to go on, is not followed by a pause.
         if !(0.5..=1.5).contains(&pace.median) {
             return Err(format!("{TAX}: {:.1} rounds a second", pace.median));
         }
         let percent = 100.0 * tax.median;
-        let what = format!("{percent:.1} % (n = {}, {:.1} rounds a second)", tax.n, pace.median);
+        let what = format!(
+            "{percent:.1} % once all memory has gone (n = {}, {:.1} rounds a second; {:.1} % with the first copy)",
+            tax.n,
+            pace.median,
+            100.0 * all.median
+        );
         Ok((what, percent <= 5.0))
     });
     Mark::new("tax on Redis at one round a second", "at most 5 %", found)
@@ -252,6 +258,7 @@ mod tests {
             moved: Moved::default(),
             wire: Wire::default(),
             throughput: None,
+            repeated: None,
             source: None,
             target: None,
         }
@@ -284,7 +291,7 @@ mod tests {
         let with = |pace| {
             let cell = plan::full().cells.into_iter().find(|cell| cell.name == TAX).unwrap();
             let moved = Moved { pace: Some(pace), ..Moved::default() };
-            let sample = Sample { throughput: Some((1000.0, 980.0)), moved, ..sample(1.0) };
+            let sample = Sample { throughput: Some((1000.0, 700.0)), repeated: Some(980.0), moved, ..sample(1.0) };
             let runs = Runs { samples: vec![sample], ..Runs::new(Contender { engine: OURS, runs: 1 }) };
             let outcome = Outcome { cell, runs: vec![runs], seconds: 1.0, bound: None };
             tax(&Results { about: None, cells: vec![outcome], not_run: Vec::new(), vm_readv: None })

@@ -197,6 +197,7 @@ impl<'f> Runner<'f> {
         let (timeline, error) = seen.map_or_else(|| load.end(), Ok)?;
         ensure!(error.is_none(), "the load has failed: {}", error.unwrap_or_default());
         let during = moved.pre_copy.and_then(|(from, to)| timeline.rate(from, to));
+        let repeated = moved.repeated.and_then(|(from, to)| timeline.rate(from, to));
         Ok(Sample {
             gap_steady: gaps.steady.map(ms),
             gap_reconnecting: ms(gaps.reconnecting),
@@ -204,6 +205,7 @@ impl<'f> Runner<'f> {
             moved,
             wire,
             throughput: timeline.rate(before.0, before.1).zip(during),
+            repeated,
             source,
             target,
         })

@@ -24,6 +24,8 @@ pub struct Sample {
     pub wire: Wire,
     /// Answers to the load per second before the move, and during pre-copy.
     pub throughput: Option<(f64, f64)>,
+    /// Answers per second in pre-copy after all memory had gone once.
+    pub repeated: Option<f64>,
     /// What our services used, on the source and on the target; only where ours is the engine.
     pub source: Option<Usage>,
     /// See `source`.
@@ -49,6 +51,13 @@ impl Sample {
     pub fn tax(&self) -> Option<f64> {
         let (before, during) = self.throughput?;
         (before > 0.0).then_some(1.0 - during / before)
+    }
+
+    /// The same after all memory has gone once: what tracking and repeated rounds take, without the link that is full.
+    #[must_use]
+    pub fn repeated_tax(&self) -> Option<f64> {
+        let (before, _) = self.throughput?;
+        self.repeated.filter(|_| before > 0.0).map(|during| 1.0 - during / before)
     }
 }
 

@@ -147,9 +147,24 @@ fn read(record: Value) -> Result<Moved> {
         rounds: rounds.and_then(|all| u64::try_from(all.len()).ok()),
         page_path,
         pre_copy,
+        repeated: pre_copy.and_then(|(_, to)| Some((first_copy(&record)?, to))).filter(|(from, to)| from < to),
         pace: pre_copy.and_then(|window| pace(&record, window)),
         report: record,
     })
+}
+
+/// When the rounds had sent as many pages as there were in the end.
+fn first_copy(record: &Value) -> Option<u64> {
+    let pages = record.pointer("/facts/last_round/total")?.as_u64()?;
+    let rounds = record.pointer("/facts/rounds")?.as_array()?.iter();
+    let sent = rounds.scan(0, |sum, round| {
+        *sum += round.get("sent")?.as_u64()?;
+        Some(*sum)
+    });
+    let spans = record.get("spans")?.as_array()?.iter();
+    let ends = spans.filter(|span| span.pointer("/effect/run_round").is_some());
+    let (_, last) = sent.zip(ends).find(|(sent, _)| *sent >= pages)?;
+    last.get("to")?.as_u64()
 }
 
 /// Rounds a second, of those that were begun in this time.
@@ -187,7 +202,7 @@ mod tests {
         let record = json!({
             "began": 1_000_000, "phases": [["pre_copy", 1_100_000], ["prepare", 1_400_000], ["commit", 2_500_000]],
             "spans": [
-                { "effect": { "run_round": 0 }, "from": 1_100_000 }, { "effect": "prepare", "from": 1_400_000 },
+                { "effect": { "run_round": 0 }, "from": 1_100_000, "to": 1_340_000 }, { "effect": "prepare", "from": 1_400_000 },
                 { "effect": { "run_round": 1 }, "from": 1_350_000 }, { "effect": { "run_round": 2 }, "from": 1_500_000 },
             ],
             "freeze": { "total": 80_000, "dump": 30_000 },
@@ -200,6 +215,7 @@ mod tests {
         );
         assert_eq!(moved.split, [("dump".to_owned(), 30.0)]);
         assert_eq!(moved.pre_copy, Some((1_100_000, 1_400_000)));
+        assert_eq!(moved.repeated, Some((1_340_000, 1_400_000)));
         assert_eq!(moved.pace, Some(2.0 / 0.3));
         assert_eq!(moved.page_path, Some(1000.0 * 4096.0 / 0.5));
         assert!(read(json!({ "began": 1 })).is_err());

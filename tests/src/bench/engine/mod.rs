@@ -42,7 +42,9 @@ pub struct Moved {
     pub page_path: Option<f64>,
     /// When pre-copy began and ended, in microseconds since 1970: the rounds before the target is prepared.
     pub pre_copy: Option<(u64, u64)>,
-    /// Rounds a second in that time.
+    /// The part of it after all memory had gone once.
+    pub repeated: Option<(u64, u64)>,
+    /// Rounds a second in pre-copy.
     pub pace: Option<f64>,
     /// The engine's whole report.
     #[serde(skip)]
