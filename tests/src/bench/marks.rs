@@ -291,7 +291,8 @@ mod tests {
         let with = |pace| {
             let cell = plan::full().cells.into_iter().find(|cell| cell.name == TAX).unwrap();
             let moved = Moved { pace: Some(pace), ..Moved::default() };
-            let sample = Sample { throughput: Some((1000.0, 700.0)), repeated: Some(980.0), moved, ..sample(1.0) };
+            let sample =
+                Sample { throughput: Some((1000.0, 700.0)), repeated: Some(980.0), moved, ..sample(1.0) };
             let runs = Runs { samples: vec![sample], ..Runs::new(Contender { engine: OURS, runs: 1 }) };
             let outcome = Outcome { cell, runs: vec![runs], seconds: 1.0, bound: None };
             tax(&Results { about: None, cells: vec![outcome], not_run: Vec::new(), vm_readv: None })

@@ -147,7 +147,9 @@ fn read(record: Value) -> Result<Moved> {
         rounds: rounds.and_then(|all| u64::try_from(all.len()).ok()),
         page_path,
         pre_copy,
-        repeated: pre_copy.and_then(|(_, to)| Some((first_copy(&record)?, to))).filter(|(from, to)| from < to),
+        repeated: pre_copy
+            .and_then(|(_, to)| Some((first_copy(&record)?, to)))
+            .filter(|(from, to)| from < to),
         pace: pre_copy.and_then(|window| pace(&record, window)),
         report: record,
     })
