@@ -1,7 +1,6 @@
 //! What the target has of each page, as hashes: pages that were written without being changed need not go again, and a
-//! page that another one equals goes as the name of that one.
-//!
-//! So does a page of which some parts are still as the target has them: only the others go.
+//! page that another one equals goes as the name of that one. Of a page of which some parts are still as the target has
+//! them, only the others go.
 //!
 //! # Why this is safe
 //! Two parts of pages (1 KiB) count as equal when their XXH64 hashes are. Among all pages of 1 TiB of memory in 100

@@ -50,6 +50,7 @@ pub mod policy;
 pub mod process;
 mod program;
 pub mod range;
+mod report;
 pub mod sealed;
 pub mod serve;
 mod shared;

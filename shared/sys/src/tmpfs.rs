@@ -15,11 +15,12 @@ use rustix::mount::{
 
 /// The option that bounds its content.
 const SIZE: &str = "size";
-/// Options that can be set as the kernel shows them (`shmem_show_options` of `mm/shmem.c`). Others, such as a memory policy
-/// or a security module's label, cannot.
+/// The option that bounds the number of its files.
 const INODES: &str = "nr_inodes";
 /// More inodes than any machine has room for. None at all could not be bounded afterwards.
 const NO_BOUND: &str = "1g";
+/// Options that can be set as the kernel shows them (`shmem_show_options` of `mm/shmem.c`). Others, such as a memory policy
+/// or a security module's label, cannot.
 const SETTABLE: [&str; 8] = [SIZE, INODES, "mode", "uid", "gid", "huge", "inode32", "inode64"];
 
 /// Whether [`detached`] can make a tmpfs with these options, as the kernel shows them, such as `rw,size=64k`; one that

@@ -38,6 +38,12 @@ impl Place<'_> {
         Ok(())
     }
 
+    /// Makes it anew, whatever a move before has left of it.
+    pub(super) fn renew_network(&self, host: usize) -> Result<()> {
+        self.remove_network(host)?;
+        self.make_network(host)
+    }
+
     pub(super) fn remove_network(&self, host: usize) -> Result<()> {
         let netns = self.netns(host);
         if Path::new("/run/netns").join(&netns).exists() {

@@ -136,9 +136,7 @@ impl Subject for Runc<'_> {
     }
 
     fn prepare(&mut self) -> Result<()> {
-        let to = other(self.host);
-        self.place.remove_network(to)?;
-        self.place.make_network(to)
+        self.place.renew_network(other(self.host))
     }
 
     fn go(&mut self, limit: Duration) -> Result<Moved> {
