@@ -5,7 +5,7 @@
 //! it shall not. Covering CRIU's own pagemap with holes makes it find the `PAGEMAP_SCAN` ioctl unsupported and read.
 //!
 //! Shared memory it dumps by its mappings, which it knows from `/proc/<pid>/smaps`. A copy without those that are ours
-//! covers that file ([`crate::smaps`]).
+//! covers that file ([`crate::smaps`]), and without the counts of pages, which nobody needs and the kernel takes long for.
 //!
 //! CRIU caches what it finds out about the kernel in `/run/criu.kdat`. A cache left by a CRIU without the mask says
 //! that the ioctl works, and one left by a masked CRIU says that it does not; so the masked one gets a cache of its own,
@@ -20,6 +20,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use haulage_sys::Pid;
 use haulage_sys::mount_ns::spawn_in_private_mounts;
 
 use crate::cause::Cause;
@@ -40,6 +41,8 @@ const DIR_PREFIX: &str = "haul-mask-";
 const ENTRY: u64 = 8;
 /// Pagemaps are copied in pieces of this size, in bytes (64 MiB of address space).
 const PIECE: usize = 128 << 10;
+/// From so many bytes of mappings on it is worth it to keep the kernel from counting their pages.
+const COUNTED: u64 = 16 << 20;
 /// `TMPFS_MAGIC` of `linux/magic.h`: other file systems cannot hold a file of that size.
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 /// The directory and the name of CRIU's cache (`criu/kerndat.c`).
@@ -82,6 +85,7 @@ pub struct PagemapMask {
     hole: PathBuf,
     cache: PathBuf,
     covered: Vec<(PathBuf, PathBuf)>,
+    criu: Criu,
 }
 
 /// What masked CRIUs find out about the kernel: the content of their cache, and of which program it is.
@@ -114,7 +118,8 @@ impl Signature {
 }
 
 impl PagemapMask {
-    /// Makes ready for processes to be covered. The first time this runs CRIU for its cache, which takes some 30 ms.
+    /// Makes ready for processes to be covered. The first time this runs CRIU for its cache, and makes ready what tells the
+    /// flags of mappings, which takes some 80 ms.
     ///
     /// # Errors
     /// When `parent` is not on tmpfs, or CRIU fails its own check behind the mask.
@@ -130,7 +135,9 @@ impl PagemapMask {
             covered: Vec::new(),
             dir,
             _lock: lock,
+            criu: criu.clone(),
         };
+        criu.vm_flags();
         sparse(&mask.hole)?;
         fs::create_dir(&run).map_err(at(&run))?;
         let program = Signature::of(criu.program()).map_err(at(criu.program()))?;
@@ -176,9 +183,10 @@ impl PagemapMask {
             copy_entries(&pagemap, &masked, shown).map_err(at(&real))?;
         }
         self.covered.push((copy, real));
-        match unknown.is_empty() && needless.is_empty() {
-            true => Ok(Vec::new()),
-            false => self.cover_smaps(pid, &proc, unknown, needless),
+        let short = if bytes(&mappings) >= COUNTED { self.short_smaps(pid, &proc) } else { None };
+        match short {
+            None if unknown.is_empty() && needless.is_empty() => Ok(Vec::new()),
+            short => self.cover_smaps(pid, &proc, short, unknown, needless),
         }
     }
 
@@ -186,16 +194,29 @@ impl PagemapMask {
         &mut self,
         pid: i32,
         proc: &Path,
+        short: Option<String>,
         unknown: &[Range<u64>],
         needless: &[Range<u64>],
     ) -> Result<Vec<LeftOutMapping>, MaskError> {
         let (real, copy) = (proc.join("smaps"), self.dir.join(format!("{pid}.smaps")));
-        let smaps = fs::read(&real).map_err(at(&real))?;
-        let without = smaps::without(&String::from_utf8_lossy(&smaps), unknown, needless);
+        let smaps = match short {
+            Some(short) => short,
+            None => String::from_utf8_lossy(&fs::read(&real).map_err(at(&real))?).into_owned(),
+        };
+        let without = smaps::without(&smaps, unknown, needless);
         let (rest, mappings) = without.map_err(|source| MaskError::Smaps { pid, source })?;
         fs::write(&copy, rest).map_err(at(&copy))?;
         self.covered.push((copy, real));
         Ok(mappings)
+    }
+
+    /// A `smaps` with no more than CRIU and we read, where the flags of mappings can be had without the kernel's.
+    fn short_smaps(&self, pid: i32, proc: &Path) -> Option<String> {
+        let flags = self.criu.vm_flags()?;
+        let told = flags.of(Pid::from_raw(pid)?);
+        let told =
+            told.inspect_err(|error| tracing::debug!(pid, %error, "flags of mappings are not told")).ok()?;
+        smaps::from_maps(&String::from_utf8_lossy(&fs::read(proc.join("maps")).ok()?), &told)
     }
 
     pub(crate) fn view(&self) -> Result<WorkerView, MaskError> {
@@ -283,6 +304,10 @@ fn read_maps(path: &Path) -> io::Result<Vec<Range<u64>>> {
         }
     }
     Ok(ranges)
+}
+
+fn bytes(ranges: &[Range<u64>]) -> u64 {
+    ranges.iter().map(|range| range.end - range.start).sum()
 }
 
 fn parse_range(text: &[u8]) -> Option<Range<u64>> {

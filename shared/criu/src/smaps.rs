@@ -6,6 +6,9 @@
 
 use std::ops::Range;
 
+use haulage_sys::ADDRESS_END;
+use haulage_sys::vm_flags::Flagged;
+
 use crate::shared::LeftOutMapping;
 
 /// Protections and flags of `mmap(2)`.
@@ -77,6 +80,22 @@ pub(crate) fn without(
     }
 }
 
+/// What `smaps` says but for the counts of pages: the lines of a `maps`, and the flags of the same mappings. Nothing unless
+/// they are of one moment. Of what lies above user memory no flags are told.
+pub(crate) fn from_maps(maps: &str, told: &[Flagged]) -> Option<String> {
+    let mut told = told.iter();
+    let mut smaps = String::with_capacity(2 * maps.len());
+    for line in maps.split_inclusive('\n') {
+        let range = range_of(line)?;
+        smaps.push_str(line);
+        if range.start < ADDRESS_END {
+            let Flagged { words, .. } = told.next().filter(|told| (told.start..told.end) == range)?;
+            smaps.push_str(&format!("VmFlags: {words} \n"));
+        }
+    }
+    told.next().is_none().then_some(smaps)
+}
+
 /// The mappings with all that is said of each.
 fn mappings(smaps: &str) -> impl Iterator<Item = (Option<Range<u64>>, &str)> {
     let mut rest = smaps;
@@ -140,6 +159,9 @@ VmFlags: rd wr mr mw me ac sd
 VmFlags: rd sh mr mw me ms sd 
 ";
 
+    const VSYSCALL: &str =
+        "ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsyscall]\n";
+
     #[test]
     fn what_is_hidden_is_described_and_the_rest_is_as_it_was() {
         let hidden = [0x7f00_0000_8000..0x7f00_0000_9000, 0x7f00_0000_0000..0x7f00_0000_4000];
@@ -164,6 +186,25 @@ VmFlags: rd sh mr mw me ms sd
             madv: None,
         };
         assert_eq!(found, [first, second]);
+    }
+
+    #[test]
+    fn maps_and_flags_say_what_smaps_does() {
+        let is_counted = |line: &&str| line.starts_with("Size");
+        let maps: String =
+            SMAPS.split_inclusive('\n').filter(|line| line.contains('-')).collect::<String>() + VSYSCALL;
+        let flags = SMAPS.lines().filter_map(|line| line.strip_prefix("VmFlags: "));
+        let told = maps.lines().zip(flags).map(|(line, words)| {
+            let Range { start, end } = range_of(line).unwrap();
+            Flagged { start, end, words: words.trim().to_owned() }
+        });
+        let told: Vec<_> = told.collect();
+        let expected: String = SMAPS.split_inclusive('\n').filter(|line| !is_counted(line)).collect();
+        assert_eq!(from_maps(&maps, &told).unwrap(), expected + VSYSCALL);
+        // Of another moment.
+        assert_eq!(from_maps(&maps, &told[1..]), None);
+        let more: Vec<_> = told.iter().chain(&told[2..]).cloned().collect();
+        assert_eq!(from_maps(&maps, &more), None);
     }
 
     #[test]

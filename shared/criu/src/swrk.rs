@@ -5,11 +5,12 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use haulage_sys::mount_ns;
 use haulage_sys::netns::NetworkNamespace;
+use haulage_sys::vm_flags::VmFlags;
 use prost::Message;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
@@ -68,12 +69,13 @@ pub struct Criu {
     program: PathBuf,
     /// For [`crate::mask`].
     pub(crate) findings: Arc<Findings>,
+    flags: Arc<OnceLock<Option<VmFlags>>>,
 }
 
 impl Criu {
     /// CRIU at a given place.
     pub fn at(program: impl Into<PathBuf>) -> Self {
-        Self { program: program.into(), findings: Arc::default() }
+        Self { program: program.into(), findings: Arc::default(), flags: Arc::default() }
     }
 
     /// The first `criu` on `PATH`, as runc finds it too.
@@ -92,6 +94,15 @@ impl Criu {
     /// The program.
     pub fn program(&self) -> &Path {
         &self.program
+    }
+
+    /// What tells the flags of mappings, where the kernel has it. It is loaded once.
+    pub(crate) fn vm_flags(&self) -> Option<&VmFlags> {
+        let load = || {
+            let unfit = |error: &_| tracing::info!(%error, "flags of mappings are read from smaps, which takes longer");
+            VmFlags::load().inspect_err(unfit).ok()
+        };
+        self.flags.get_or_init(load).as_ref()
     }
 }
 

@@ -9,6 +9,7 @@
 //! | [`lazy`] | serves the missing pages of another process through its userfaultfd |
 //! | [`pagemap`] | `PAGEMAP_SCAN`, and the plain entries of a pagemap |
 //! | [`soft_dirty`] | soft-dirty marks, and which pages are the kernel's pages of zeros |
+//! | [`vm_flags`] | the flags of another process's mappings |
 //! | [`vm_read`] | reads another process's memory |
 //! | [`pass_fd`] | descriptors over a Unix socket |
 //! | [`pidfd`] | process descriptors; whether two processes share memory |
@@ -25,6 +26,7 @@
 
 mod abi;
 pub mod arp;
+mod btf;
 mod error;
 pub mod freezer;
 pub mod inject;
@@ -43,6 +45,7 @@ pub mod standstill;
 mod thread_choice;
 pub mod tmpfs;
 pub mod uffd;
+pub mod vm_flags;
 pub mod vm_read;
 
 pub use abi::{ADDRESS_END, PAGE_BYTES, PAGE_SIZE};

@@ -1,0 +1,448 @@
+//! The flags of mappings, without a look at their pages.
+//!
+//! `/proc/<pid>/smaps` tells them (`VmFlags`) together with counts of pages, which cost some 27 ms per GiB of memory. A
+//! BPF program that the kernel runs for each mapping (an iterator, `Documentation/bpf/bpf_iterators.rst`) tells them in
+//! microseconds:
+//!
+//! ```text
+//!  load once ─► link for one process ─► read: start, end, flags of each mapping (8 bytes each)
+//! ```
+//! Which bit is which flag is the kernel's own affair, and differs at the upper end. So a program counts as good only
+//! after it and `smaps` have told the same about this process, among whose mappings there is one for each flag that an
+//! image has.
+//!
+//! # References
+//! `include/uapi/linux/bpf.h`, which is stable ABI; `include/linux/mm.h` for the flags.
+
+use std::fs::File;
+use std::io::{self, ErrorKind, Read};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ptr;
+
+use crate::Pid;
+use crate::abi::PAGE_BYTES;
+use crate::btf::Btf;
+
+const PROG_LOAD: libc::c_int = 5;
+const LINK_CREATE: libc::c_int = 28;
+const ITER_CREATE: libc::c_int = 33;
+const PROG_TYPE_TRACING: u32 = 26;
+const TRACE_ITER: u32 = 28;
+const SEQ_WRITE: i32 = 127;
+/// The kernel's functions for programs are for those under this licence.
+const LICENSE: &std::ffi::CStr = c"GPL";
+const NAME: &[u8; 16] = b"haul_vm_flags\0\0\0";
+
+/// What `smaps` calls each of the lower 32 bits, the first one first. Nothing where it has no name.
+const WORDS: [&str; 32] = [
+    "rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "gd", "um", "pf", "", "uw", "lo", "io", "sr", "rr", "dc",
+    "de", "", "ac", "nr", "ht", "sf", "ar", "wf", "dd", "sd", "mm", "hg", "nh", "mg",
+];
+/// Flags above those that must not go unseen: a shadow stack, and memory that the kernel may drop.
+const WEIGHTY: [&str; 2] = ["ss", "dp"];
+/// What is told of a mapping: three numbers.
+const RECORD: usize = 24;
+/// More than the kernel gathers for one read, 32 KiB. Of shorter reads it keeps what does not fit, and then tells the last
+/// mapping over and over again (seen on Linux 6.18).
+const READ: usize = 64 << 10;
+/// Advice that sets a flag.
+const ADVICE: [libc::c_int; 7] = [
+    libc::MADV_SEQUENTIAL,
+    libc::MADV_RANDOM,
+    libc::MADV_DONTFORK,
+    libc::MADV_DONTDUMP,
+    libc::MADV_MERGEABLE,
+    libc::MADV_HUGEPAGE,
+    libc::MADV_NOHUGEPAGE,
+];
+
+/// One mapping.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Flagged {
+    /// Its first address.
+    pub start: u64,
+    /// One past its last.
+    pub end: u64,
+    /// Its flags as `smaps` has them, e.g. `rd wr mr mw me ac`. Of those above the 32nd bit none is named.
+    pub words: String,
+}
+
+/// A program that tells flags, loaded.
+#[derive(Debug)]
+pub struct VmFlags {
+    program: OwnedFd,
+    /// The bits above the 32nd that this process's mappings have too, and so are none of [`WEIGHTY`].
+    harmless: u64,
+}
+
+/// An instruction; `Documentation/bpf/standardization/instruction-set.rst`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Instruction {
+    code: u8,
+    /// The destination in the lower half, the source in the upper one.
+    registers: u8,
+    offset: i16,
+    immediate: i32,
+}
+
+const fn instruction(code: u8, to: u8, from: u8, offset: i16, immediate: i32) -> Instruction {
+    Instruction { code, registers: from << 4 | to, offset, immediate }
+}
+
+const fn load(to: u8, from: u8, offset: i16) -> Instruction {
+    instruction(0x79, to, from, offset, 0)
+}
+
+const fn store(to: u8, offset: i16, from: u8) -> Instruction {
+    instruction(0x7b, to, from, offset, 0)
+}
+
+/// `union bpf_attr` for [`PROG_LOAD`], up to the last field that is used.
+#[repr(C)]
+#[derive(Default)]
+struct ProgramAttr {
+    kind: u32,
+    instructions: u32,
+    first: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log: u64,
+    kernel_version: u32,
+    flags: u32,
+    name: [u8; 16],
+    interface: u32,
+    attach_type: u32,
+    btf: u32,
+    function_size: u32,
+    functions: u64,
+    function_count: u32,
+    line_size: u32,
+    lines: u64,
+    line_count: u32,
+    attach_btf_id: u32,
+}
+
+const _: () = assert!(size_of::<ProgramAttr>() == 112);
+const _: () = assert!(std::mem::offset_of!(ProgramAttr, attach_type) == 68);
+
+#[repr(C)]
+struct LinkAttr {
+    program: u32,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+    about: u64,
+    about_length: u32,
+    padding: u32,
+}
+
+/// `union bpf_iter_link_info`, of which only the task is said.
+#[repr(C)]
+#[derive(Default)]
+struct LinkAbout {
+    thread: u32,
+    process: u32,
+    pidfd: u32,
+    rest: u32,
+}
+
+#[repr(C)]
+struct IteratorAttr {
+    link: u32,
+    flags: u32,
+}
+
+impl VmFlags {
+    /// Loads the program and tries it on this process. Takes some 50 ms, most of it to read the kernel's types.
+    ///
+    /// # Errors
+    /// Where the kernel (before 6.1, without type information or locked down) or a missing `CAP_BPF` or `CAP_PERFMON` does
+    /// not allow it, and when it does not tell what `smaps` does.
+    pub fn load() -> io::Result<Self> {
+        let program = load_program(&Btf::of_kernel()?)?;
+        let mut loaded = Self { program, harmless: 0 };
+        loaded.harmless = loaded.compare()?;
+        Ok(loaded)
+    }
+
+    /// All mappings of `pid`, ascending; none when there is no such process. Of one that runs, they may be of different
+    /// moments.
+    ///
+    /// # Errors
+    /// `Unsupported` when one has a flag that is not known; `InvalidData` when they are not in order, as those of a process
+    /// that runs may be.
+    pub fn of(&self, pid: Pid) -> io::Result<Vec<Flagged>> {
+        self.raw(pid)?
+            .into_iter()
+            .map(|(start, end, flags)| {
+                let words = words(flags, self.harmless).ok_or(ErrorKind::Unsupported)?;
+                Ok(Flagged { start, end, words })
+            })
+            .collect()
+    }
+
+    fn raw(&self, pid: Pid) -> io::Result<Vec<(u64, u64, u64)>> {
+        let about = LinkAbout { thread: pid.as_raw_nonzero().get().unsigned_abs(), ..LinkAbout::default() };
+        let link = LinkAttr {
+            program: number(&self.program),
+            target: 0,
+            attach_type: TRACE_ITER,
+            flags: 0,
+            about: (&raw const about) as u64,
+            about_length: size_of::<LinkAbout>() as u32,
+            padding: 0,
+        };
+        let link = bpf(LINK_CREATE, &link)?;
+        let mut told = File::from(bpf(ITER_CREATE, &IteratorAttr { link: number(&link), flags: 0 })?);
+        let (mut buffer, mut all) = (vec![0; READ], Vec::new());
+        loop {
+            let read = told.read(&mut buffer)?;
+            let (records, rest) = buffer.get(..read).unwrap_or_default().as_chunks::<RECORD>();
+            if !rest.is_empty() {
+                return Err(ErrorKind::UnexpectedEof.into());
+            }
+            if records.is_empty() {
+                return Ok(all);
+            }
+            for record in records {
+                let (numbers, _) = record.as_chunks();
+                let &[start, end, flags] = numbers else { return Err(ErrorKind::InvalidData.into()) };
+                let [start, end, flags] = [start, end, flags].map(u64::from_ne_bytes);
+                // Whatever the kernel does, this comes to an end.
+                if all.last().is_some_and(|(_, before, _)| start < *before) {
+                    return Err(ErrorKind::InvalidData.into());
+                }
+                all.push((start, end, flags));
+            }
+        }
+    }
+
+    /// Compares what both say about this process; the upper bits that mean nothing to us. Other threads may map and unmap
+    /// meanwhile, so mappings that only one of both knows are passed over; those made here must be among the others.
+    fn compare(&self) -> io::Result<u64> {
+        let samples = Samples::make()?;
+        let told = self.raw(rustix::process::getpid())?;
+        let smaps = std::fs::read_to_string("/proc/self/smaps")?;
+        let (mut harmless, mut seen) = (0, 0);
+        for (range, said) in flags_of(&smaps) {
+            let Some((start, _, flags)) = told.iter().find(|(start, end, _)| (*start, *end) == range) else {
+                continue;
+            };
+            let is_weighty = said.iter().any(|word| WEIGHTY.contains(word));
+            harmless |= if is_weighty { 0 } else { flags >> 32 << 32 };
+            let named = words(*flags, u64::MAX << 32).unwrap_or_default();
+            // Those of the upper bits have names that are not ours to know.
+            let is_same = named.split_ascii_whitespace().all(|word| said.contains(&word))
+                && said.iter().filter(|word| WORDS.contains(*word)).all(|word| named.contains(*word));
+            if !is_same {
+                let message = format!("smaps says {said:?} of a mapping with the flags {flags:#x}");
+                return Err(io::Error::new(ErrorKind::InvalidData, message));
+            }
+            seen += usize::from(samples.all.contains(start));
+        }
+        match seen == samples.all.len() {
+            true => Ok(harmless),
+            false => Err(io::Error::new(ErrorKind::InvalidData, "it does not tell all mappings")),
+        }
+    }
+}
+
+/// The ranges and flags of a `smaps`.
+fn flags_of(smaps: &str) -> impl Iterator<Item = ((u64, u64), Vec<&str>)> {
+    let mut range = None;
+    smaps.lines().filter_map(move |line| match line.strip_prefix("VmFlags:") {
+        Some(words) => Some((range.take()?, words.split_ascii_whitespace().collect())),
+        None => {
+            let (start, end) = line.split(' ').next()?.split_once('-')?;
+            range = Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?));
+            None
+        }
+    })
+}
+
+/// Nothing when there is a bit that is neither named nor `harmless`.
+fn words(flags: u64, harmless: u64) -> Option<String> {
+    let unnamed =
+        (0u32..).zip(WORDS).filter(|(_, word)| word.is_empty()).fold(0, |all, (bit, _)| all | 1 << bit);
+    let named = u64::from(u32::MAX) & !unnamed;
+    // A lock on fault (bit 19) comes with a lock. The other one without a name is not in use.
+    let known = named | harmless | 1 << 19;
+    let told = (0u32..).zip(WORDS).filter(|(bit, word)| !word.is_empty() && flags >> bit & 1 == 1);
+    (flags & !known == 0).then(|| told.map(|(_, word)| word).collect::<Vec<_>>().join(" "))
+}
+
+/// Mappings of this process, each with another flag.
+struct Samples {
+    /// Where each begins.
+    all: Vec<u64>,
+}
+
+impl Samples {
+    fn make() -> io::Result<Self> {
+        let mut samples = Self { all: Vec::new() };
+        samples.map(libc::MAP_PRIVATE | libc::MAP_NORESERVE)?;
+        samples.map(libc::MAP_SHARED)?;
+        for advice in ADVICE {
+            let at = samples.map(libc::MAP_PRIVATE)?;
+            // SAFETY: the range is one that was mapped above, which nobody reads or writes.
+            match unsafe { libc::madvise(at, PAGE_BYTES, advice) } {
+                0 => {}
+                // A kernel without huge pages or without merging has no such flag.
+                _ if io::Error::last_os_error().kind() == ErrorKind::InvalidInput => {}
+                _ => return Err(io::Error::last_os_error()),
+            }
+        }
+        let at = samples.map(libc::MAP_PRIVATE)?;
+        // SAFETY: as above.
+        match unsafe { libc::mlock(at, PAGE_BYTES) } {
+            0 => Ok(samples),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    fn map(&mut self, flags: libc::c_int) -> io::Result<*mut libc::c_void> {
+        // Each with a page between it and the next, which keeps mappings of the same flags apart.
+        // SAFETY: a new mapping at an address of the kernel's choice; it touches no memory of ours.
+        let at = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                2 * PAGE_BYTES,
+                libc::PROT_READ | libc::PROT_WRITE,
+                flags | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        if at == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        self.all.push(at as u64);
+        // SAFETY: the second page of what was mapped just now, which nobody uses.
+        match unsafe { libc::munmap(at.byte_add(PAGE_BYTES), PAGE_BYTES) } {
+            0 => Ok(at),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+impl Drop for Samples {
+    fn drop(&mut self) {
+        for at in &self.all {
+            // SAFETY: mapped by `map`, and nobody uses it. A failure leaves a page mapped.
+            unsafe { libc::munmap(*at as *mut libc::c_void, PAGE_BYTES) };
+        }
+    }
+}
+
+fn load_program(btf: &Btf) -> io::Result<OwnedFd> {
+    let missing =
+        |what: &str| io::Error::new(ErrorKind::NotFound, format!("the kernel does not tell of {what}"));
+    let function = btf.function("bpf_iter_task_vma").ok_or_else(|| missing("its iterators"))?;
+    let field = |name: &str| {
+        let offset = btf.offset("vm_area_struct", name).and_then(|offset| i16::try_from(offset).ok());
+        offset.ok_or_else(|| missing(name))
+    };
+    let (start, end, flags) = (field("vm_start")?, field("vm_end")?, field("vm_flags")?);
+    // Called with the address of `struct bpf_iter__task_vma { meta, task, vma }` in register 1. Register 10 is the end of
+    // the stack.
+    let program = [
+        load(7, 1, 16),
+        // At the end there is no mapping: jump to the end of this.
+        instruction(0x15, 7, 0, 12, 0),
+        load(1, 1, 0),
+        // `meta->seq`, where it writes to.
+        load(1, 1, 0),
+        load(2, 7, start),
+        store(10, -24, 2),
+        load(2, 7, end),
+        store(10, -16, 2),
+        load(2, 7, flags),
+        store(10, -8, 2),
+        instruction(0xbf, 2, 10, 0, 0),
+        instruction(0x07, 2, 0, 0, -24),
+        instruction(0xb7, 3, 0, 0, 24),
+        instruction(0x85, 0, 0, 0, SEQ_WRITE),
+        instruction(0xb7, 0, 0, 0, 0),
+        instruction(0x95, 0, 0, 0, 0),
+    ];
+    let attr = ProgramAttr {
+        kind: PROG_TYPE_TRACING,
+        instructions: program.len() as u32,
+        first: program.as_ptr() as u64,
+        license: LICENSE.as_ptr() as u64,
+        name: *NAME,
+        attach_type: TRACE_ITER,
+        attach_btf_id: function,
+        ..ProgramAttr::default()
+    };
+    bpf(PROG_LOAD, &attr)
+}
+
+fn number(fd: &OwnedFd) -> u32 {
+    fd.as_raw_fd().unsigned_abs()
+}
+
+/// `bpf(2)`, for commands that return a descriptor.
+fn bpf<T>(command: libc::c_int, attr: &T) -> io::Result<OwnedFd> {
+    // SAFETY: `attr` is the structure of this command, and whatever it points to lives as long as its owner, which is
+    // longer than the call; the kernel only reads it.
+    let fd = unsafe { libc::syscall(libc::SYS_bpf, command, ptr::from_ref(attr), size_of::<T>()) };
+    match libc::c_int::try_from(fd) {
+        // SAFETY: the kernel has just given it to us, and nobody else knows it.
+        Ok(fd @ 0..) => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Child, Command, Stdio};
+
+    /// Ended on drop.
+    struct Sleeper(Child);
+
+    impl Drop for Sleeper {
+        fn drop(&mut self) {
+            self.0.kill().unwrap();
+            self.0.wait().unwrap();
+        }
+    }
+
+    #[test]
+    fn it_tells_what_smaps_does() {
+        let flags = VmFlags::load().unwrap();
+        let mut child = Command::new("sh");
+        child.args(["-c", "echo ready; read line"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut sleeper = Sleeper(child.spawn().unwrap());
+        sleeper.0.stdout.as_mut().unwrap().read_exact(&mut [0; 6]).unwrap();
+        let pid = Pid::from_child(&sleeper.0);
+        let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+        let expected: Vec<_> =
+            flags_of(&smaps).filter(|((start, _), _)| *start < crate::abi::ADDRESS_END).collect();
+        let told = flags.of(pid).unwrap();
+        assert_eq!(told.len(), expected.len());
+        for (told, (range, words)) in told.iter().zip(&expected) {
+            let words: Vec<_> = words.iter().copied().filter(|word| WORDS.contains(word)).collect();
+            assert_eq!((told.start, told.end), *range);
+            assert_eq!(told.words.split(' ').collect::<Vec<_>>(), words);
+        }
+    }
+
+    #[test]
+    fn nobody_has_no_mappings() {
+        // Above the highest id that the kernel gives.
+        let nobody = Pid::from_raw(1 << 23).unwrap();
+        assert_eq!(VmFlags::load().unwrap().of(nobody).unwrap(), []);
+    }
+
+    #[test]
+    fn a_flag_that_is_not_known_is_not_passed_over() {
+        assert_eq!(words(0x10_0073, 0).as_deref(), Some("rd wr mr mw me ac"));
+        assert_eq!(words(1 << 40 | 1, 0), None);
+        assert_eq!(words(1 << 40 | 1, 1 << 40).as_deref(), Some("rd"));
+        assert_eq!(words(1 << 11, u64::MAX << 32), None);
+    }
+}
