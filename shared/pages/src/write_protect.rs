@@ -130,7 +130,8 @@ impl WriteProtect {
     fn hold(&self, process: Process) -> Hold {
         let not = |reason, retry| Hold::Not { reason, retry };
         match Maps::of(process.pid) {
-            Ok(maps) if maps.regions().is_empty() => return not(Untracked::NoMemory, false),
+            // A zombie, or one in the midst of an exec.
+            Ok(maps) if maps.regions().is_empty() => return not(Untracked::NoMemory, true),
             Ok(_) => {}
             Err(error) => return not(Untracked::Failed { detail: track::in_one_line(&error) }, true),
         }
@@ -140,7 +141,8 @@ impl WriteProtect {
         let fd = match inject::userfaultfd_of(process.pid, PATIENCE) {
             Ok(fd) => fd,
             Err(error) => {
-                let retry = !matches!(error, InjectError::NoSyscallInstruction | InjectError::Refused(_));
+                // A process in the midst of an exec has no vDSO for a moment.
+                let retry = !matches!(error, InjectError::Refused(_));
                 return not(Untracked::Injection { detail: track::in_one_line(&error) }, retry);
             }
         };
