@@ -34,7 +34,7 @@ pub enum Scope {
 
 /// Who takes the frames of a pass, in order; it may block.
 pub trait FrameSink {
-    /// Takes a frame, of 3 MiB at most.
+    /// Takes a frame, of 384 KiB at most.
     ///
     /// # Errors
     /// [`SinkClosed`] ends the pass.

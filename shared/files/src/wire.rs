@@ -19,13 +19,14 @@ use crate::error::FilesError;
 use crate::path::RelPath;
 
 /// The version of the records that this build writes and reads.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
-/// The most content in one [`Record::Data`], in bytes: 1 MiB.
-pub const MAX_DATA_BYTES: usize = 1 << 20;
+/// The most content in one [`Record::Data`], in bytes: 256 KiB.
+pub const MAX_DATA_BYTES: usize = 256 << 10;
 
-/// A frame is closed once it is this long; it may be longer by one record.
-const FRAME_BYTES: usize = 1 << 20;
+/// A frame is closed once it is this long; it may be longer by one record. The target works on one while the source makes
+/// the next: this is a few dozen of CRIU's images.
+const FRAME_BYTES: usize = 64 << 10;
 
 /// Which tree a pass is about, such as `layer`, `volume:NAME`, `images` or `log`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

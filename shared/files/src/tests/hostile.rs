@@ -175,7 +175,7 @@ fn roots_versions_and_bases_are_checked() {
     let feed = |begin: Begin| Applier::new(pair.targets.clone()).feed(&frame(&[Record::Begin(begin)]));
     let other = RootId::new("volume:other").unwrap();
     assert_eq!(feed(Begin { root: other, ..begin() }).unwrap_err().code(), "unknown_root");
-    assert_eq!(feed(Begin { version: 2, ..begin() }).unwrap_err().code(), "bad_version");
+    assert_eq!(feed(Begin { version: VERSION + 1, ..begin() }).unwrap_err().code(), "bad_version");
     assert_eq!(feed(Begin { base: Some(pass_id()), ..begin() }).unwrap_err().code(), "wrong_base");
 
     let mut first = Applier::new(pair.targets.clone());
