@@ -30,8 +30,8 @@ use crate::wire::{
     BATCH, COMPLETE, FINISH, FINISHED, Finished, MANIFEST, NAMED, OK, OWED, ROUND_END, out_of_place,
 };
 
-/// Batches (a MiB each, at most 4) that wait to be decoded.
-const BATCHES_AHEAD: usize = 4;
+/// Batches (256 KiB each, and some runs) that wait to be decoded.
+const BATCHES_AHEAD: usize = 8;
 /// Threads that decode. The store takes one batch at a time, so that more would mostly wait for it.
 const DECODERS: usize = 2;
 

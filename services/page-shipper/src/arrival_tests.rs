@@ -53,7 +53,7 @@ async fn session_in(dir: tempfile::TempDir) -> Session {
 
 /// A batch with one page of zeros.
 fn batch(round: u32, page: u64) -> Bytes {
-    let mut bytes = b"HPB3\0\0\0\0".to_vec();
+    let mut bytes = b"HPB4\0\0\0\0".to_vec();
     for word in [1, round, 1, 0, 1, 0] {
         bytes.extend(u32::to_le_bytes(word));
     }
@@ -61,9 +61,11 @@ fn batch(round: u32, page: u64) -> Bytes {
     bytes.into()
 }
 
-/// As many pages with data as a batch may have, a MiB.
+/// Pages with data that a batch may have.
+const PAGES: u64 = haulage_pages::frame::MAX_DATA_PAGES as u64;
+
+/// As many of them.
 fn full_batch(page: u64) -> Bytes {
-    const PAGES: u64 = 256;
     let mut bytes = batch(1, 0).to_vec();
     // The last word of the header is the length of the data, and the run comes behind them.
     bytes.truncate(bytes.len() - size_of::<u64>() - size_of::<u32>());
@@ -198,12 +200,12 @@ async fn more_batches_than_were_counted_and_names_of_nothing_are_refused() {
     }
 }
 
-/// A file system of two MiB, unmounted when this is dropped.
+/// A file system of 640 KiB, unmounted when this is dropped.
 struct Small(std::path::PathBuf);
 
 impl Small {
     fn mount(dir: &std::path::Path) -> Self {
-        let args = ["-t", "tmpfs", "-o", "size=2m", "none"];
+        let args = ["-t", "tmpfs", "-o", "size=640k", "none"];
         let mounted = std::process::Command::new("mount").args(args).arg(dir).status().unwrap();
         assert!(mounted.success(), "this test needs root");
         Self(dir.to_owned())
@@ -224,7 +226,7 @@ async fn a_store_without_room_is_told_to_the_source_with_what_to_do() {
     // Dropped before the directory that it is mounted on.
     let _small = small;
     for n in 0..3 {
-        send(&mut first, BATCH, full_batch(n * 256)).await;
+        send(&mut first, BATCH, full_batch(n * PAGES)).await;
     }
     send(&mut first, COMPLETE, count(3)).await;
     let fault = first.answer(OK, "the pages").await.unwrap_err();

@@ -6,7 +6,7 @@
 //!                        └─► encode ─► send ══ …
 //! ```
 //! Reading and each encoding have a thread, each connection a task; between them are queues of a batch or two, so that
-//! the slowest sets the pace and memory is bounded: some 4 MiB, and 7 MiB for each connection. Batches of a round go in
+//! the slowest sets the pace and memory is bounded: some 1 MiB, and 2 MiB for each connection. Batches of a round go in
 //! any order; [`Lanes::settle`] ends the round, after which the next one may begin.
 
 use std::ops::ControlFlow;
@@ -33,7 +33,7 @@ use tokio::sync::mpsc;
 use crate::failure::{TRACKING, fault};
 use crate::wire::{BATCH, CARGO, COMPLETE, NAMED};
 
-/// Batches (a MiB each) that wait for an encoder.
+/// Batches (256 KiB each, at most) that wait for an encoder.
 const BATCHES_AHEAD: usize = 2;
 /// Encoded batches that wait for each connection.
 const FRAMES_AHEAD: usize = 1;

@@ -28,7 +28,7 @@ const HYSTERESIS: f64 = 1.15;
 /// Weight of the newest measurement of a codec.
 const NEWEST: f64 = 0.25;
 /// Batches from one trial of all codecs to the next.
-const TRIAL_EVERY: u32 = 32;
+const TRIAL_EVERY: u32 = 64;
 /// Bytes after which what was known of the link counts half.
 const LINK_HALF_LIFE: f64 = 16.0 * 1048576.0;
 /// The first bytes after the link has rested go into buffers, on both sides, and say nothing about it.

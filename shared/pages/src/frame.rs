@@ -3,7 +3,7 @@
 //! The connection that carries them adds lengths and checksums. All numbers are little-endian.
 //!
 //! ```text
-//! batch      magic "HPB3", codec u8, 0 u8 x3, vpid u32, round u32, generation u64, runs u32, data length u32,
+//! batch      magic "HPB4", codec u8, 0 u8 x3, vpid u32, round u32, generation u64, runs u32, data length u32,
 //!            data, then one u64 for each run
 //! manifest   magic "HPM2", 0 u32, vpid u32, last u32, generation u64, runs u32, 0 u32, then one u64 for each run
 //! run        bits 0-35 first page, bits 36-55 number of pages, bits 56-63 which parts of each page the data has
@@ -20,8 +20,9 @@ use crate::codec::{Codec, CodecError};
 use crate::process::{Generation, Vpid};
 use crate::range::{PageNo, PageRange};
 
-/// Pages with data in one batch, at most: 1 MiB unpacked.
-pub const MAX_DATA_PAGES: usize = 256;
+/// Pages with data in one batch, at most: 256 KiB unpacked, so that a batch stays in a processor's own cache between being
+/// read and being sent.
+pub const MAX_DATA_PAGES: usize = 64;
 /// Runs in one batch or one part of a manifest, at most.
 pub const MAX_RUNS: usize = 64 * 1024;
 /// Bytes of an encoded batch or manifest part, at most. What is longer is refused before it is looked at.
@@ -29,7 +30,7 @@ pub const MAX_FRAME: usize = HEADER + MAX_DATA_PAGES * PAGE_BYTES + MAX_RUNS * R
 
 pub(crate) const HEADER: usize = 32;
 pub(crate) const RUN: usize = 8;
-const BATCH_MAGIC: [u8; 4] = *b"HPB3";
+const BATCH_MAGIC: [u8; 4] = *b"HPB4";
 const MANIFEST_MAGIC: [u8; 4] = *b"HPM2";
 
 pub(crate) const PAGE_BITS: u32 = 36;
