@@ -28,7 +28,7 @@ use crate::output::{Failure, json, line};
 const SILENCE: Duration = Duration::from_secs(10);
 /// What is compared.
 const POLICIES: [Policy; 4] =
-    [Policy::Adaptive, Policy::History { window: 4, threshold: 1 }, Policy::All, Policy::Phaul];
+    [Policy::Adaptive, Policy::History { window: 8, threshold: 1 }, Policy::All, Policy::Phaul];
 
 /// Asks services under an id of its own, which no migration has.
 struct Asker<'a> {

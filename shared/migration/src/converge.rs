@@ -33,6 +33,10 @@ const STALLED_PERCENT: u64 = 95;
 const MOST_ROUNDS: usize = 100;
 /// The most rounds between the preparation of the target and the freeze.
 pub(crate) const MOST_SETTLING: usize = 12;
+/// What a round may leave, of what it found, for another one to pay although it fits.
+const PAYS_PERCENT: u64 = 50;
+/// The same under `history`, which is there to save bytes.
+const FRUGAL_PERCENT: u64 = 40;
 /// Time to send what is not worth another round.
 const NEARLY_NOTHING: Micros = Micros(5_000);
 /// Preparing the target takes about as long, and what is written meanwhile has to be sent in any case.
@@ -238,7 +242,8 @@ pub fn settle(
         return Decision::Freeze(Why::Phaul);
     }
     if predicted(rounds, fixed) <= aim(options, fixed) {
-        let more = settled.len() < MOST_SETTLING && settled.last().is_some_and(|last| pays(last, rounds));
+        let pays = |last| pays(last, rounds, options.policy);
+        let more = settled.len() < MOST_SETTLING && settled.last().is_some_and(pays);
         return if more { Decision::Again } else { Decision::Freeze(Why::Fits) };
     }
     match out_of_bounds(rounds, options, fixed, elapsed) {
@@ -256,11 +261,13 @@ fn stalled(slowdowns: &[Slowdown], options: &Options, fixed: Micros, elapsed: Mi
     slower.map_or_else(|| give_up(options, fixed, elapsed, Why::Stalled), |keep| Decision::SlowDown(*keep))
 }
 
-/// Whether one more round is worth its bytes although it fits already: the last one has left less than half of what
-/// it found, and more than nearly nothing.
-fn pays(last: &RoundReport, rounds: &[RoundReport]) -> bool {
+/// Whether one more round is worth its bytes although it fits already: the last one has left more than nearly nothing, and
+/// so small a share of what it found that the next one will save more of the freeze than it sends in vain.
+fn pays(last: &RoundReport, rounds: &[RoundReport], policy: Policy) -> bool {
     let found = last.sent + last.withheld;
-    of(last).0.saturating_mul(2) < found.0 && predicted(rounds, Micros(0)) > NEARLY_NOTHING
+    let most = if matches!(policy, Policy::History { .. }) { FRUGAL_PERCENT } else { PAYS_PERCENT };
+    let falls = u128::from(of(last).0) * 100 < u128::from(found.0) * u128::from(most);
+    falls && predicted(rounds, Micros(0)) > NEARLY_NOTHING
 }
 
 fn out_of_bounds(rounds: &[RoundReport], options: &Options, fixed: Micros, elapsed: Micros) -> Decision {

@@ -202,13 +202,22 @@ impl Simulation {
 
     /// As [`haulage_pages::source::SourceEngine::watch`] does before the first round.
     fn look(&mut self) {
-        for look in 0..adaptive::LOOKS {
+        let mut seen = Vec::new();
+        loop {
             self.timeline.scanned(self.epoch + Duration::from_secs_f64(self.world.now));
             let written: Vec<u64> =
                 (0..self.world.writes.pages).filter(|page| self.world.written[*page as usize]).collect();
             self.world.written.fill(false);
             // At the first look everything is new.
-            self.history.advance(&if look == 0 { RangeSet::new() } else { set(written.into_iter()) });
+            let is_first = self.world.now == 0.0;
+            self.history.advance(&if is_first { RangeSet::new() } else { set(written.into_iter()) });
+            if !is_first {
+                let all = set(0..self.world.writes.pages);
+                seen.push(self.history.select(&all, |pattern| pattern != 0).page_count());
+            }
+            if !adaptive::is_worth_a_look(&seen) {
+                break;
+            }
             self.world.run(adaptive::LOOK.as_secs_f64());
         }
     }

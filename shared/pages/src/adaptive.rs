@@ -25,11 +25,13 @@ const TO_THE_FREEZE: f64 = 0.02;
 const PREPARING: f64 = 0.25;
 /// Pages a second that are reckoned with while nothing was measured: 1 Gbit/s.
 const ASSUMED_RATE: f64 = 29_000.0;
-/// Looks at how a container writes before the first round, and the time between them. They cost no bytes, only faults,
-/// and spare the first round what would go again.
-pub const LOOKS: u32 = 2;
-/// See [`LOOKS`].
+/// The time between looks at how a container writes, before the first round. They cost no bytes, only faults, and spare the
+/// first round what would go again.
 pub const LOOK: Duration = Duration::from_millis(100);
+/// The most of these times.
+const MOST_LOOKS: usize = 6;
+/// Pages for which it is worth it to look for longer: 2 MiB.
+const WORTH_A_LOOK: u64 = 512;
 /// The shortest round of an unfinished pre-copy, in seconds: each round costs every writer a fault a page.
 const SHORTEST: f64 = 0.25;
 /// A round takes one part in so many of what waits.
@@ -46,6 +48,18 @@ const STEPS: u32 = 8;
 /// outweighed by one observation.
 const PRIOR_WRITES: f64 = 0.1;
 const PRIOR_SECONDS: f64 = 0.5;
+
+/// Whether to look for longer, when after each [`LOOK`] so many pages had been seen written since the first: as long as
+/// there are many new ones among them, up to six times.
+pub fn is_worth_a_look(seen: &[u64]) -> bool {
+    let (latest, before) = match *seen {
+        [] => return true,
+        [latest] => (latest, 0),
+        [.., before, latest] => (latest, before),
+    };
+    let new = latest.saturating_sub(before);
+    seen.len() < MOST_LOOKS && new >= WORTH_A_LOOK && new.saturating_mul(8) >= latest
+}
 
 /// When the rounds of the history were.
 #[derive(Debug, Clone, Default)]
@@ -207,6 +221,15 @@ mod tests {
         // A write in a long round says less than one in a short round.
         let (short, long) = (timeline(&[0.1]), timeline(&[10.0]));
         assert!(short.writes_per_second(1) > 2.0 * long.writes_per_second(1));
+    }
+
+    #[test]
+    fn looks_go_on_while_they_show_many_new_pages() {
+        assert!(is_worth_a_look(&[]) && is_worth_a_look(&[WORTH_A_LOOK]));
+        assert!(!is_worth_a_look(&[WORTH_A_LOOK - 1]) && !is_worth_a_look(&[0]));
+        assert!(is_worth_a_look(&[7000, 8000]) && !is_worth_a_look(&[7001, 8000]));
+        assert!(is_worth_a_look(&[1000, 2000, 3000, 4000, 5000]));
+        assert!(!is_worth_a_look(&[1000, 2000, 3000, 4000, 5000, 6000]));
     }
 
     #[test]

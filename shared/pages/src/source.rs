@@ -138,8 +138,8 @@ impl SourceEngine {
         Ok((Self { cgroup_procs, freezer, tracker, ledgers, shared, timeline, options, round: 0 }, report))
     }
 
-    /// Watches for [`adaptive::LOOKS`] times [`adaptive::LOOK`] how the container writes, where the policy can make use of
-    /// it: the first round then leaves out what would soon go again. To be called before the first round.
+    /// Watches how the container writes, where the policy can make use of it, for as long as [`adaptive::is_worth_a_look`]
+    /// says: the first round then leaves out what would soon go again. To be called before the first round.
     ///
     /// # Errors
     /// As [`Self::look`].
@@ -147,9 +147,14 @@ impl SourceEngine {
         if !self.options.policy.needs_history() || self.tracker.method() == Method::None {
             return Ok(());
         }
-        for _ in 0..adaptive::LOOKS {
-            self.look()?;
+        let mut seen = Vec::new();
+        self.look()?;
+        while adaptive::is_worth_a_look(&seen) {
             std::thread::sleep(adaptive::LOOK);
+            self.look()?;
+            let (mut pages, mut none) = (Census::default(), Census::default());
+            self.ledgers.values().for_each(|ledger| ledger.tally(&mut pages, &mut none));
+            seen.push(pages.iter().filter(|(pattern, _)| *pattern != 0).map(|(_, pages)| pages).sum());
         }
         Ok(())
     }

@@ -41,7 +41,7 @@ impl FromStr for Policy {
             "all" => Ok(Self::All),
             "phaul" => Ok(Self::Phaul),
             "adaptive" => Ok(Self::Adaptive),
-            "history" => Ok(Self::History { window: 4, threshold: 1 }),
+            "history" => Ok(Self::History { window: 8, threshold: 1 }),
             _ => {
                 let (window, threshold) =
                     text.strip_prefix("history:").and_then(|pair| pair.split_once(',')).ok_or_else(no)?;
@@ -94,7 +94,7 @@ mod tests {
             let json = serde_json::to_string(&policy).unwrap();
             assert_eq!(serde_json::from_str::<Policy>(&json).unwrap(), policy);
         }
-        assert_eq!("history".parse(), Ok(Policy::History { window: 4, threshold: 1 }));
+        assert_eq!("history".parse(), Ok(Policy::History { window: 8, threshold: 1 }));
         for text in ["", "none", "history:", "history:9,1", "history:3,4", "history:3,0", "history:a,b"] {
             assert!(text.parse::<Policy>().is_err(), "{text}");
         }
