@@ -215,7 +215,7 @@ impl Simulation {
                 let all = set(0..self.world.writes.pages);
                 seen.push(self.history.select(&all, |pattern| pattern != 0).page_count());
             }
-            if !adaptive::is_worth_a_look(&seen) {
+            if !adaptive::is_worth_a_look(&seen, self.policy.most_looks()) {
                 break;
             }
             self.world.run(adaptive::LOOK.as_secs_f64());

@@ -28,8 +28,6 @@ const ASSUMED_RATE: f64 = 29_000.0;
 /// The time between looks at how a container writes, before the first round. They cost no bytes, only faults, and spare the
 /// first round what would go again.
 pub const LOOK: Duration = Duration::from_millis(100);
-/// The most of these times.
-const MOST_LOOKS: usize = 6;
 /// Pages for which it is worth it to look for longer: 2 MiB.
 const WORTH_A_LOOK: u64 = 512;
 /// The shortest round of an unfinished pre-copy, in seconds: each round costs every writer a fault a page.
@@ -50,15 +48,15 @@ const PRIOR_WRITES: f64 = 0.1;
 const PRIOR_SECONDS: f64 = 0.5;
 
 /// Whether to look for longer, when after each [`LOOK`] so many pages had been seen written since the first: as long as
-/// there are many new ones among them, up to six times.
-pub fn is_worth_a_look(seen: &[u64]) -> bool {
+/// there are many new ones among them, `most` times at most.
+pub fn is_worth_a_look(seen: &[u64], most: usize) -> bool {
     let (latest, before) = match *seen {
         [] => return true,
         [latest] => (latest, 0),
         [.., before, latest] => (latest, before),
     };
     let new = latest.saturating_sub(before);
-    seen.len() < MOST_LOOKS && new >= WORTH_A_LOOK && new.saturating_mul(8) >= latest
+    seen.len() < most && new >= WORTH_A_LOOK && new.saturating_mul(8) >= latest
 }
 
 /// When the rounds of the history were.
@@ -96,6 +94,16 @@ impl Timeline {
         (low * high).sqrt()
     }
 
+    /// How often a page is written that was not written in the rounds of the history: by how many of those that had not
+    /// been in the rounds before were in the last one. There are so many of them that what is taken to be known beforehand
+    /// of each would outweigh what they show. Nothing where there are none.
+    fn writes_per_second_of_the_cold(&self, waiting: &Census, current: &Census) -> Option<f64> {
+        let pages = |pattern| (waiting.count(pattern) + current.count(pattern)) as f64;
+        let (still, no_more) = (pages(0), pages(1));
+        let interval = self.intervals.front()?;
+        (still + no_more > 0.0).then(|| no_more / (still + no_more) / interval)
+    }
+
     fn knows_nothing(&self) -> bool {
         self.intervals.is_empty()
     }
@@ -103,6 +111,7 @@ impl Timeline {
 
 /// The class of a rate, and the rate of a class.
 fn class_of(rate: f64) -> usize {
+    // The logarithm of nothing is the lowest class, too.
     ((rate.log2() + 10.0) * 2.0).round().clamp(0.0, (CLASSES - 1) as f64) as usize
 }
 
@@ -131,8 +140,7 @@ pub fn quota(timeline: &Timeline, waiting: &Census, current: &Census, pace: Pace
     }
     let rate = pace.rate.filter(|rate| *rate > 0.0).unwrap_or(ASSUMED_RATE);
     let total = waiting.total();
-    let classes: Vec<usize> =
-        (0..=Pattern::MAX).map(|pattern| class_of(timeline.writes_per_second(pattern))).collect();
+    let classes = classes(timeline, waiting, current, pace.last);
     let class = |pattern: Pattern| classes.get(usize::from(pattern)).copied().unwrap_or(0);
     let sorted = |census: &Census| {
         let mut counts = [0.0; CLASSES];
@@ -163,6 +171,16 @@ pub fn quota(timeline: &Timeline, waiting: &Census, current: &Census, pace: Pace
         room -= share;
     }
     Quota { pages, last: pace.last }
+}
+
+/// The class of each pattern.
+fn classes(timeline: &Timeline, waiting: &Census, current: &Census, last: bool) -> Vec<usize> {
+    let cold = timeline.writes_per_second_of_the_cold(waiting, current).filter(|_| last);
+    let rate = |pattern| match cold {
+        Some(cold) if pattern == 0 => cold.min(timeline.writes_per_second(1)),
+        _ => timeline.writes_per_second(pattern),
+    };
+    (0..=Pattern::MAX).map(|pattern| class_of(rate(pattern))).collect()
 }
 
 /// How many of the waiting pages, coldest first, are worth sending before the freeze, which comes `ahead` seconds later.
@@ -225,11 +243,10 @@ mod tests {
 
     #[test]
     fn looks_go_on_while_they_show_many_new_pages() {
-        assert!(is_worth_a_look(&[]) && is_worth_a_look(&[WORTH_A_LOOK]));
-        assert!(!is_worth_a_look(&[WORTH_A_LOOK - 1]) && !is_worth_a_look(&[0]));
-        assert!(is_worth_a_look(&[7000, 8000]) && !is_worth_a_look(&[7001, 8000]));
-        assert!(is_worth_a_look(&[1000, 2000, 3000, 4000, 5000]));
-        assert!(!is_worth_a_look(&[1000, 2000, 3000, 4000, 5000, 6000]));
+        assert!(is_worth_a_look(&[], 6) && is_worth_a_look(&[WORTH_A_LOOK], 6));
+        assert!(!is_worth_a_look(&[WORTH_A_LOOK - 1], 6) && !is_worth_a_look(&[0], 6));
+        assert!(is_worth_a_look(&[7000, 8000], 6) && !is_worth_a_look(&[7001, 8000], 6));
+        assert!(is_worth_a_look(&[1000], 2) && !is_worth_a_look(&[1000, 2000], 2));
     }
 
     #[test]
@@ -268,6 +285,15 @@ mod tests {
     }
 
     #[test]
+    fn pages_of_a_large_memory_that_is_written_here_and_there_are_sent_though_it_fits() {
+        // 5,000 pages a second of 262,144; the last rounds took a tenth of a second.
+        let (waiting, current) = (census(&[(1, 500)]), census(&[(0, 260_000), (0b10, 500), (0b100, 500)]));
+        let pace = Pace { rate: Some(29_000.0), allowance: 2000, last: true, ..Pace::default() };
+        let quota = quota(&timeline(&[0.1; 8]), &waiting, &current, pace);
+        assert_eq!(quota.pages, waiting);
+    }
+
+    #[test]
     fn below_the_allowance_only_what_is_likely_to_survive_is_sent() {
         let waiting = census(&[(0, 500), (0xff, 500)]);
         let pace = Pace { rate: Some(1000.0), allowance: 1200, last: true, ..Pace::default() };
@@ -287,7 +313,8 @@ mod tests {
             let (line, waiting) = (timeline(&intervals), census(&pages));
             let pace = Pace { rate, allowance, last, ..Pace::default() };
             let quota = quota(&line, &waiting, &Census::default(), pace).pages;
-            let class = |pattern| class_of(line.writes_per_second(pattern));
+            let classes = classes(&line, &waiting, &Census::default(), last);
+            let class = |pattern: Pattern| classes[usize::from(pattern)];
             let cut = quota.iter().zip(waiting.iter()).filter(|((_, sent), (_, waits))| sent < waits);
             let cut = cut.map(|((pattern, _), _)| class(pattern)).min().unwrap_or(CLASSES);
             for ((pattern, sent), (_, waits)) in quota.iter().zip(waiting.iter()) {

@@ -31,6 +31,11 @@ impl Census {
         }
     }
 
+    /// Pages of `pattern`.
+    pub fn count(&self, pattern: Pattern) -> u64 {
+        self.0.get(usize::from(pattern)).copied().unwrap_or(0)
+    }
+
     /// Takes one of `pattern` away, if there is one.
     pub fn take(&mut self, pattern: Pattern) -> bool {
         let Some(count) = self.0.get_mut(usize::from(pattern)).filter(|count| **count > 0) else {

@@ -69,6 +69,16 @@ impl TransferPolicy {
         Selection { withhold: dirty.subtract(&send), send }
     }
 
+    /// Looks at the writing container before the first round, at most, where it can make use of them. What `history` takes for
+    /// cold goes for good, and `adaptive` thinks of it again.
+    pub fn most_looks(self) -> usize {
+        match self {
+            Self::All => 0,
+            Self::History { .. } => 6,
+            Self::Adaptive => 2,
+        }
+    }
+
     /// Whether it looks at the history, which then must be kept.
     pub fn needs_history(self) -> bool {
         self != Self::All

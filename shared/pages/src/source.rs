@@ -149,7 +149,7 @@ impl SourceEngine {
         }
         let mut seen = Vec::new();
         self.look()?;
-        while adaptive::is_worth_a_look(&seen) {
+        while adaptive::is_worth_a_look(&seen, self.options.policy.most_looks()) {
             std::thread::sleep(adaptive::LOOK);
             self.look()?;
             let (mut pages, mut none) = (Census::default(), Census::default());
