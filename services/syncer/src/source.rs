@@ -35,7 +35,7 @@ pub(crate) const FILES: FrameKind = FrameKind(FrameKind::FIRST_OWN.0);
 /// The target has a pass: a [`PassReport`].
 pub(crate) const REPORT: FrameKind = FrameKind(FrameKind::FIRST_OWN.0 + 1);
 
-/// Frames (384 KiB each, at most) that wait for the connection.
+/// Frames (some 64 to 320 KiB each) that wait for the connection.
 const FRAMES_AHEAD: usize = 4;
 
 /// A migration's files, where they leave.

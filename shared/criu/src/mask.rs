@@ -5,11 +5,12 @@
 //! it shall not. Covering CRIU's own pagemap with holes makes it find the `PAGEMAP_SCAN` ioctl unsupported and read.
 //!
 //! Shared memory it dumps by its mappings, which it knows from `/proc/<pid>/smaps`. A copy without those that are ours
-//! covers that file ([`crate::smaps`]), and without the counts of pages, which nobody needs and the kernel takes long for.
+//! covers that file ([`crate::smaps`]), and without the counts of pages, which nobody needs and the kernel takes long
+//! for.
 //!
 //! CRIU caches what it finds out about the kernel in `/run/criu.kdat`. A cache left by a CRIU without the mask says
-//! that the ioctl works, and one left by a masked CRIU says that it does not; so the masked one gets a cache of its own,
-//! which is made once for a program of CRIU's and a process of ours.
+//! that the ioctl works, and one left by a masked CRIU says that it does not; so the masked one gets a cache of its
+//! own, which is made once for a program of CRIU's and a process of ours.
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, ErrorKind};
@@ -118,8 +119,8 @@ impl Signature {
 }
 
 impl PagemapMask {
-    /// Makes ready for processes to be covered. The first time this runs CRIU for its cache, and makes ready what tells the
-    /// flags of mappings, which takes some 80 ms.
+    /// Makes ready for processes to be covered. The first time this runs CRIU for its cache, and makes ready what tells
+    /// the flags of mappings, which takes some 80 ms.
     ///
     /// # Errors
     /// When `parent` is not on tmpfs, or CRIU fails its own check behind the mask.
@@ -160,9 +161,9 @@ impl PagemapMask {
         self.cover_shared(pid, hidden, &[], &[]).map(drop)
     }
 
-    /// As [`Self::cover`], and of the shared mappings `unknown` (addresses, each exactly one mapping) CRIU does not even
-    /// know, nor of private ones in `needless`, all of which are hidden, as far as images can describe them. They are
-    /// returned, for [`crate::shared::LeftOut`].
+    /// As [`Self::cover`], and of the shared mappings `unknown` (addresses, each exactly one mapping) CRIU does not
+    /// even know, nor of private ones in `needless`, all of which are hidden, as far as images can describe them. They
+    /// are returned, for [`crate::shared::LeftOut`].
     ///
     /// # Errors
     /// As there, and when some of them are not there.
@@ -213,10 +214,13 @@ impl PagemapMask {
     /// A `smaps` with no more than CRIU and we read, where the flags of mappings can be had without the kernel's.
     fn short_smaps(&self, pid: i32, proc: &Path) -> Option<String> {
         let flags = self.criu.vm_flags()?;
-        let told = flags.of(Pid::from_raw(pid)?);
-        let told =
-            told.inspect_err(|error| tracing::debug!(pid, %error, "flags of mappings are not told")).ok()?;
-        smaps::from_maps(&String::from_utf8_lossy(&fs::read(proc.join("maps")).ok()?), &told)
+        let short = || {
+            let told = flags.of(Pid::from_raw(pid).ok_or(ErrorKind::InvalidInput)?)?;
+            let maps = fs::read(proc.join("maps"))?;
+            let short = smaps::from_maps(&String::from_utf8_lossy(&maps), &told);
+            short.ok_or_else(|| io::Error::new(ErrorKind::InvalidData, "maps has other mappings"))
+        };
+        short().inspect_err(|error| tracing::info!(pid, %error, "flags of mappings are read from smaps")).ok()
     }
 
     pub(crate) fn view(&self) -> Result<WorkerView, MaskError> {
@@ -342,7 +346,8 @@ fn subtract(all: &[Range<u64>], hidden: &[Range<u64>]) -> Vec<Range<u64>> {
     shown
 }
 
-/// "Pte is a guard region" of `Documentation/admin-guide/mm/pagemap.rst` (Linux 6.15 and later), in an entry's last byte.
+/// "Pte is a guard region" of `Documentation/admin-guide/mm/pagemap.rst` (Linux 6.15 and later), in an entry's last
+/// byte.
 const GUARD_IN_LAST_BYTE: u8 = 1 << (58 - 56);
 
 /// Copies the pagemap entries of the addresses in `shown`, leaving holes where there is nothing. Guards are nothing:
@@ -424,6 +429,9 @@ mod tests {
             let present = u64::from_le_bytes(entry) >> 63 == 1;
             assert_eq!(present, !hidden.contains(&address), "page {page}");
         }
+        // Its mappings are many enough for the kernel's counts of their pages to be left out.
+        let smaps = fs::read_to_string(dir.join(format!("{pid}.smaps"))).unwrap();
+        assert!(smaps.contains("[stack]") && smaps.contains("VmFlags: rd") && !smaps.contains("Rss:"));
         drop(mask);
         assert!(!dir.exists());
         drop(pages);

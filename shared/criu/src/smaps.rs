@@ -1,8 +1,8 @@
 //! `/proc/<pid>/smaps` as CRIU reads it, and the same without mappings that it shall not know of.
 //!
-//! CRIU learns of mappings from this file alone (`parse_smaps` of `criu/proc_parse.c`). What it is not told of it neither
-//! dumps nor names in its images; so what is left out here is described as its images would ([`LeftOutMapping`]), and
-//! added to them before the restore ([`crate::shared`]).
+//! CRIU learns of mappings from this file alone (`parse_smaps` of `criu/proc_parse.c`). What it is not told of it
+//! neither dumps nor names in its images; so what is left out here is described as its images would
+//! ([`LeftOutMapping`]), and added to them before the restore ([`crate::shared`]).
 
 use std::ops::Range;
 
@@ -80,8 +80,8 @@ pub(crate) fn without(
     }
 }
 
-/// What `smaps` says but for the counts of pages: the lines of a `maps`, and the flags of the same mappings. Nothing unless
-/// they are of one moment. Of what lies above user memory no flags are told.
+/// What `smaps` says but for the counts of pages: the lines of a `maps`, and the flags of the same mappings. Nothing
+/// unless they are of one moment. Of what lies above user memory no flags are told.
 pub(crate) fn from_maps(maps: &str, told: &[Flagged]) -> Option<String> {
     let mut told = told.iter();
     let mut smaps = String::with_capacity(2 * maps.len());

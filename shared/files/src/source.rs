@@ -34,7 +34,7 @@ pub enum Scope {
 
 /// Who takes the frames of a pass, in order; it may block.
 pub trait FrameSink {
-    /// Takes a frame, of 384 KiB at most.
+    /// Takes a frame, of 320 KiB at most, or of little more than a MiB where a file has that many attributes.
     ///
     /// # Errors
     /// [`SinkClosed`] ends the pass.

@@ -1,6 +1,6 @@
 //! The records of a pass, and the frames that carry them.
 //!
-//! A frame is a row of records in postcard's encoding, about a MiB of it. A pass is
+//! A frame is a row of records in postcard's encoding, some 64 KiB of it. A pass is
 //!
 //! ```text
 //!  Begin  (Remove | MakeDir | Special | Link | File (Data | Hole)* FileEnd | DirMeta)*  End
@@ -24,8 +24,8 @@ pub const VERSION: u16 = 2;
 /// The most content in one [`Record::Data`], in bytes: 256 KiB.
 pub const MAX_DATA_BYTES: usize = 256 << 10;
 
-/// A frame is closed once it is this long; it may be longer by one record. The target works on one while the source makes
-/// the next: this is a few dozen of CRIU's images.
+/// A frame is closed once it is this long; it may be longer by one record. The target works on one while the source
+/// makes the next: this is a few dozen of CRIU's images.
 const FRAME_BYTES: usize = 64 << 10;
 
 /// Which tree a pass is about, such as `layer`, `volume:NAME`, `images` or `log`.

@@ -261,8 +261,8 @@ fn stalled(slowdowns: &[Slowdown], options: &Options, fixed: Micros, elapsed: Mi
     slower.map_or_else(|| give_up(options, fixed, elapsed, Why::Stalled), |keep| Decision::SlowDown(*keep))
 }
 
-/// Whether one more round is worth its bytes although it fits already: the last one has left more than nearly nothing, and
-/// so small a share of what it found that the next one will save more of the freeze than it sends in vain.
+/// Whether one more round is worth its bytes although it fits already: the last one has left more than nearly nothing,
+/// and so small a share of what it found that the next one will save more of the freeze than it sends in vain.
 fn pays(last: &RoundReport, rounds: &[RoundReport], policy: Policy) -> bool {
     let found = last.sent + last.withheld;
     let most = if matches!(policy, Policy::History { .. }) { FRUGAL_PERCENT } else { PAYS_PERCENT };

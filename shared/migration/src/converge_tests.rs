@@ -57,6 +57,10 @@ fn freezes_when_what_is_left_fits_and_not_before() {
             Decision::Freeze(Why::Fits),
             "{policy}"
         );
+        // The next one would leave some 100 of these 225, which then go a second time: `history` saves them.
+        let rounds = [round(0, 65536, 500), round(1, 500, 225)];
+        let again = if policy == "history" { Decision::Freeze(Why::Fits) } else { Decision::Again };
+        assert_eq!(settle(&rounds, 1, &[], &with(policy), FIXED, NO_TIME), again, "{policy}");
         let rounds = [round(0, 65536, 5001)];
         assert_eq!(decide(&rounds, &[], &with(policy), FIXED, NO_TIME), Decision::Again, "{policy}");
         assert_eq!(settle(&rounds, 1, &[], &with(policy), FIXED, NO_TIME), Decision::Again, "{policy}");

@@ -152,7 +152,7 @@ impl Simulation {
     fn round(&mut self, last: bool) {
         let all = self.world.writes.pages;
         let first = self.rounds.is_empty();
-        if first && self.policy.needs_history() {
+        if first && self.policy.most_looks() > 0 {
             self.look();
         }
         let began = self.world.now;
@@ -162,7 +162,7 @@ impl Simulation {
         self.world.written.fill(false);
         let written = set(written.into_iter());
         let dirty = if first { set(0..all) } else { written.clone() };
-        let looked = self.policy.needs_history();
+        let looked = self.policy.most_looks() > 0;
         self.history.advance(&if first && !looked { RangeSet::new() } else { written });
         self.pending = self.pending.union(&dirty);
 

@@ -25,8 +25,8 @@ const TO_THE_FREEZE: f64 = 0.02;
 const PREPARING: f64 = 0.25;
 /// Pages a second that are reckoned with while nothing was measured: 1 Gbit/s.
 const ASSUMED_RATE: f64 = 29_000.0;
-/// The time between looks at how a container writes, before the first round. They cost no bytes, only faults, and spare the
-/// first round what would go again.
+/// The time between looks at how a container writes, before the first round. They cost no bytes, only faults, and spare
+/// the first round what would go again.
 pub const LOOK: Duration = Duration::from_millis(100);
 /// Pages for which it is worth it to look for longer: 2 MiB.
 const WORTH_A_LOOK: u64 = 512;
@@ -95,8 +95,8 @@ impl Timeline {
     }
 
     /// How often a page is written that was not written in the rounds of the history: by how many of those that had not
-    /// been in the rounds before were in the last one. There are so many of them that what is taken to be known beforehand
-    /// of each would outweigh what they show. Nothing where there are none.
+    /// been in the rounds before were in the last one. There are so many of them that what is taken to be known
+    /// beforehand of each would outweigh what they show. Nothing where there are none.
     fn writes_per_second_of_the_cold(&self, waiting: &Census, current: &Census) -> Option<f64> {
         let pages = |pattern| (waiting.count(pattern) + current.count(pattern)) as f64;
         let (still, no_more) = (pages(0), pages(1));
@@ -183,7 +183,8 @@ fn classes(timeline: &Timeline, waiting: &Census, current: &Census, last: bool) 
     (0..=Pattern::MAX).map(|pattern| class_of(rate(pattern))).collect()
 }
 
-/// How many of the waiting pages, coldest first, are worth sending before the freeze, which comes `ahead` seconds later.
+/// How many of the waiting pages, coldest first, are worth sending before the freeze, which comes `ahead` seconds
+/// later.
 fn worth_sending(waiting: &[f64], current: &[f64], rate: f64, ahead: f64, allowance: f64) -> f64 {
     let total: f64 = waiting.iter().sum();
     let left = |sent: f64| {

@@ -61,7 +61,7 @@ impl Encoder {
         if data_pages == 0 {
             return Encoded { bytes: batch.into_frame(), codec: Codec::Raw, data_pages };
         }
-        if self.choice.wants_trial() {
+        if batch.data().len() >= TIMED && self.choice.wants_trial() {
             self.try_all(batch.data());
         }
         let codec = self.choice.next();
@@ -95,9 +95,6 @@ impl Encoder {
     }
 
     fn try_all(&mut self, data: &[u8]) {
-        if data.len() < TIMED {
-            return;
-        }
         take_sample(&mut self.sample, data, TRIAL_PAGES);
         for codec in [Codec::Lz4, Codec::Zstd] {
             let started = Instant::now();

@@ -8,8 +8,8 @@
 //! manifest   magic "HPM2", 0 u32, vpid u32, last u32, generation u64, runs u32, 0 u32, then one u64 for each run
 //! run        bits 0-35 first page, bits 36-55 number of pages, bits 56-63 which parts of each page the data has
 //! ```
-//! Bit 56 stands for the first part of a page. With no part of them in the data, pages are zeros; so a run of zero pages
-//! costs 8 bytes whatever its length. With some, the target has the others already. In a manifest no part is set.
+//! Bit 56 stands for the first part of a page. With no part of them in the data, pages are zeros; so a run of zero
+//! pages costs 8 bytes whatever its length. With some, the target has the others already. In a manifest no part is set.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -20,8 +20,8 @@ use crate::codec::{Codec, CodecError};
 use crate::process::{Generation, Vpid};
 use crate::range::{PageNo, PageRange};
 
-/// Pages with data in one batch, at most: 256 KiB unpacked, so that a batch stays in a processor's own cache between being
-/// read and being sent.
+/// Pages with data in one batch, at most: 256 KiB unpacked, so that a batch stays in a processor's own cache between
+/// being read and being sent.
 pub const MAX_DATA_PAGES: usize = 64;
 /// Runs in one batch or one part of a manifest, at most.
 pub const MAX_RUNS: usize = 64 * 1024;

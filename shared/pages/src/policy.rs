@@ -69,12 +69,13 @@ impl TransferPolicy {
         Selection { withhold: dirty.subtract(&send), send }
     }
 
-    /// Looks at the writing container before the first round, at most, where it can make use of them. What `history` takes for
-    /// cold goes for good, and `adaptive` thinks of it again.
+    /// Looks at the writing container before the first round, at most, where it can make use of them. What `history`
+    /// takes for cold goes for good, and `adaptive` thinks of it again.
     pub fn most_looks(self) -> usize {
         match self {
             Self::All => 0,
-            Self::History { .. } => 6,
+            // The first round's own scan is in the window, too.
+            Self::History { window, .. } => usize::from(window).saturating_sub(1).min(6),
             Self::Adaptive => 2,
         }
     }

@@ -138,18 +138,20 @@ impl SourceEngine {
         Ok((Self { cgroup_procs, freezer, tracker, ledgers, shared, timeline, options, round: 0 }, report))
     }
 
-    /// Watches how the container writes, where the policy can make use of it, for as long as [`adaptive::is_worth_a_look`]
-    /// says: the first round then leaves out what would soon go again. To be called before the first round.
+    /// Watches how the container writes, where the policy can make use of it, for as long as
+    /// [`adaptive::is_worth_a_look`] says: the first round then leaves out what would soon go again. To be called
+    /// before the first round.
     ///
     /// # Errors
     /// As [`Self::look`].
     pub fn watch(&mut self) -> Result<(), SourceError> {
-        if !self.options.policy.needs_history() || self.tracker.method() == Method::None {
+        let most = self.options.policy.most_looks();
+        if most == 0 || self.tracker.method() == Method::None {
             return Ok(());
         }
         let mut seen = Vec::new();
         self.look()?;
-        while adaptive::is_worth_a_look(&seen, self.options.policy.most_looks()) {
+        while adaptive::is_worth_a_look(&seen, most) {
             std::thread::sleep(adaptive::LOOK);
             self.look()?;
             let (mut pages, mut none) = (Census::default(), Census::default());
@@ -159,8 +161,8 @@ impl SourceEngine {
         Ok(())
     }
 
-    /// Finds what has been written since the last time, and sends nothing: a look at how a container writes, which costs
-    /// it the faults of a round. The engine must follow [`TransferPolicy::Adaptive`], and is of no use for rounds then.
+    /// Finds what has been written since the last time, and sends nothing: a look at how a container writes, which
+    /// costs it the faults of a round. The engine's policy must be one that needs the history.
     ///
     /// # Errors
     /// When processes cannot be listed.
@@ -292,8 +294,8 @@ impl SourceEngine {
         Ok((manifest, report))
     }
 
-    /// As [`Self::final_round`], but what the target can do without for a while is not sent: it is owed, and is read for as
-    /// long as the container stands still.
+    /// As [`Self::final_round`], but what the target can do without for a while is not sent: it is owed, and is read
+    /// for as long as the container stands still.
     ///
     /// # Errors
     /// As there.

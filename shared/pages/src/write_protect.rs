@@ -141,8 +141,8 @@ impl WriteProtect {
         let fd = match inject::userfaultfd_of(process.pid, PATIENCE) {
             Ok(fd) => fd,
             Err(error) => {
-                // A process in the midst of an exec has no vDSO for a moment.
-                let retry = !matches!(error, InjectError::Refused(_));
+                // Who is stopped for nothing once is not stopped in each round.
+                let retry = !matches!(error, InjectError::Not64Bit | InjectError::Refused(_));
                 return not(Untracked::Injection { detail: track::in_one_line(&error) }, retry);
             }
         };

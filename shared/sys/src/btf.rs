@@ -3,8 +3,8 @@
 //! # References
 //! `Documentation/bpf/btf.rst` and `include/uapi/linux/btf.h`.
 //!
-//! Read by ourselves: of the crates that do, one is under a licence that our programs, which are linked statically, cannot
-//! carry, and the other keeps the members of structures to itself.
+//! Read by ourselves: of the crates that do, one is under a licence that our programs, which are linked statically,
+//! cannot carry, and the other keeps the members of structures to itself.
 
 use std::ops::Range;
 

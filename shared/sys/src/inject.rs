@@ -54,9 +54,12 @@ pub enum InjectError {
     /// Every attempt met a restartable sequence, or a program that had just begun.
     #[error("every stop was inside a restartable sequence, or at the beginning of another program")]
     NeverInBetween,
-    /// It runs 32-bit code, or has unmapped its vDSO.
+    /// It has unmapped its vDSO, or is in the midst of an exec.
     #[error("the process has no 64-bit system call instruction")]
     NoSyscallInstruction,
+    /// It runs 32-bit code.
+    #[error("the process runs 32-bit code")]
+    Not64Bit,
     /// The call was made in the process and refused.
     #[error("userfaultfd in the process failed")]
     Refused(#[source] CallError),
@@ -154,7 +157,7 @@ impl Target<'_> {
         let saved = tracee.registers()?;
         if saved.cs != CS_64 {
             tracee.detach(0)?;
-            return Err(Miss::Failed(InjectError::NoSyscallInstruction));
+            return Err(Miss::Failed(InjectError::Not64Bit));
         }
         // Since we looked it may have begun another program, which has its vDSO elsewhere. Now it cannot.
         let moved = !thread_choice::is_syscall_instruction(self.gadget, self.memory)?;

@@ -33,8 +33,8 @@ const LARGE: i32 = 8 << 20;
 /// threads had ever on their way, and none but the first can give it back ([`give_back_freed_memory`]).
 const ARENAS: i32 = 1;
 
-/// Makes the allocator keep up to `bytes` of freed memory for what is allocated next rather than give it back at once. Who
-/// allocates and frees buffers of a MiB all the time else has the kernel clear each page of them every time. Without
+/// Makes the allocator keep up to `bytes` of freed memory for what is allocated next rather than give it back at once.
+/// Who allocates and frees large buffers all the time else has the kernel clear each page of them every time. Without
 /// effect where the C library has no such choice.
 ///
 /// To be called before threads are started: they get arenas of their own otherwise, each of which keeps as much.

@@ -9,7 +9,7 @@
 //! ```
 //! Which bit is which flag is the kernel's own affair, and differs at the upper end. So a program counts as good only
 //! after it and `smaps` have told the same about this process, among whose mappings there is one for each flag that an
-//! image has.
+//! image has, but for huge pages of a pool, which a host need not have.
 //!
 //! # References
 //! `include/uapi/linux/bpf.h`, which is stable ABI; `include/linux/mm.h` for the flags.
@@ -38,15 +38,21 @@ const WORDS: [&str; 32] = [
     "rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "gd", "um", "pf", "", "uw", "lo", "io", "sr", "rr", "dc",
     "de", "", "ac", "nr", "ht", "sf", "ar", "wf", "dd", "sd", "mm", "hg", "nh", "mg",
 ];
-/// Flags above those that must not go unseen: a shadow stack, and memory that the kernel may drop.
-const WEIGHTY: [&str; 2] = ["ss", "dp"];
+/// Flags above those that must not go unseen: a shadow stack, and memory that the kernel may drop. Of the latter, which
+/// C libraries keep random numbers in, this process learns the bit.
+const WEIGHTY: [&str; 2] = ["ss", DROPPABLE];
+const DROPPABLE: &str = "dp";
+/// `MAP_DROPPABLE` of `linux/mman.h`, since 6.11.
+const MAP_DROPPABLE: libc::c_int = 0x08;
 /// What is told of a mapping: three numbers.
 const RECORD: usize = 24;
-/// More than the kernel gathers for one read, 32 KiB. Of shorter reads it keeps what does not fit, and then tells the last
-/// mapping over and over again (seen on Linux 6.18).
+/// More than the kernel gathers for one read, 32 KiB. Of shorter reads it keeps what does not fit, and then tells the
+/// last mapping over and over again (seen on Linux 6.18).
 const READ: usize = 64 << 10;
+/// The program is tried so often before it counts as bad: other threads map and unmap.
+const ATTEMPTS: usize = 3;
 /// Advice that sets a flag.
-const ADVICE: [libc::c_int; 7] = [
+const ADVICE: [libc::c_int; 8] = [
     libc::MADV_SEQUENTIAL,
     libc::MADV_RANDOM,
     libc::MADV_DONTFORK,
@@ -54,6 +60,7 @@ const ADVICE: [libc::c_int; 7] = [
     libc::MADV_MERGEABLE,
     libc::MADV_HUGEPAGE,
     libc::MADV_NOHUGEPAGE,
+    libc::MADV_WIPEONFORK,
 ];
 
 /// One mapping.
@@ -63,7 +70,7 @@ pub struct Flagged {
     pub start: u64,
     /// One past its last.
     pub end: u64,
-    /// Its flags as `smaps` has them, e.g. `rd wr mr mw me ac`. Of those above the 32nd bit none is named.
+    /// Its flags as `smaps` has them, e.g. `rd wr mr mw me ac`. Of those above the 32nd bit only `dp` is named.
     pub words: String,
 }
 
@@ -71,8 +78,16 @@ pub struct Flagged {
 #[derive(Debug)]
 pub struct VmFlags {
     program: OwnedFd,
-    /// The bits above the 32nd that this process's mappings have too, and so are none of [`WEIGHTY`].
+    upper: Upper,
+}
+
+/// What this process's mappings tell of the bits above the 32nd.
+#[derive(Debug, Clone, Copy, Default)]
+struct Upper {
+    /// Those of mappings that have none of [`WEIGHTY`].
     harmless: u64,
+    /// Those that only a mapping has which is [`DROPPABLE`].
+    droppable: u64,
 }
 
 /// An instruction; `Documentation/bpf/standardization/instruction-set.rst`.
@@ -124,6 +139,9 @@ struct ProgramAttr {
     attach_btf_id: u32,
 }
 
+const _: () = assert!(size_of::<Instruction>() == 8);
+const _: () = assert!(size_of::<LinkAttr>() == 32 && size_of::<LinkAbout>() == 16);
+const _: () = assert!(size_of::<IteratorAttr>() == 8);
 const _: () = assert!(size_of::<ProgramAttr>() == 112);
 const _: () = assert!(std::mem::offset_of!(ProgramAttr, attach_type) == 68);
 
@@ -158,12 +176,19 @@ impl VmFlags {
     /// Loads the program and tries it on this process. Takes some 50 ms, most of it to read the kernel's types.
     ///
     /// # Errors
-    /// Where the kernel (before 6.1, without type information or locked down) or a missing `CAP_BPF` or `CAP_PERFMON` does
-    /// not allow it, and when it does not tell what `smaps` does.
+    /// Where the kernel (before 6.1, without type information or locked down) or a missing `CAP_BPF` or `CAP_PERFMON`
+    /// does not allow it, and when it does not tell what `smaps` does.
     pub fn load() -> io::Result<Self> {
         let program = load_program(&Btf::of_kernel()?)?;
-        let mut loaded = Self { program, harmless: 0 };
-        loaded.harmless = loaded.compare()?;
+        let mut loaded = Self { program, upper: Upper::default() };
+        let mut left = ATTEMPTS;
+        loaded.upper = loop {
+            left -= 1;
+            match loaded.compare() {
+                Err(error) if error.kind() == ErrorKind::InvalidData && left > 0 => {}
+                compared => break compared?,
+            }
+        };
         Ok(loaded)
     }
 
@@ -171,13 +196,13 @@ impl VmFlags {
     /// moments.
     ///
     /// # Errors
-    /// `Unsupported` when one has a flag that is not known; `InvalidData` when they are not in order, as those of a process
-    /// that runs may be.
+    /// `Unsupported` when one has a flag that is not known; `InvalidData` when they are not in order, as those of a
+    /// process that runs may be.
     pub fn of(&self, pid: Pid) -> io::Result<Vec<Flagged>> {
         self.raw(pid)?
             .into_iter()
             .map(|(start, end, flags)| {
-                let words = words(flags, self.harmless).ok_or(ErrorKind::Unsupported)?;
+                let words = words(flags, self.upper).ok_or(ErrorKind::Unsupported)?;
                 Ok(Flagged { start, end, words })
             })
             .collect()
@@ -194,8 +219,11 @@ impl VmFlags {
             about_length: size_of::<LinkAbout>() as u32,
             padding: 0,
         };
-        let link = bpf(LINK_CREATE, &link)?;
-        let mut told = File::from(bpf(ITER_CREATE, &IteratorAttr { link: number(&link), flags: 0 })?);
+        // SAFETY: the structure for this, with the address and length of `about`, which outlives it.
+        let link = unsafe { bpf(LINK_CREATE, &link)? };
+        // SAFETY: the structure for this; it has no address in it.
+        let iterator = unsafe { bpf(ITER_CREATE, &IteratorAttr { link: number(&link), flags: 0 })? };
+        let mut told = File::from(iterator);
         let (mut buffer, mut all) = (vec![0; READ], Vec::new());
         loop {
             let read = told.read(&mut buffer)?;
@@ -203,36 +231,42 @@ impl VmFlags {
             if !rest.is_empty() {
                 return Err(ErrorKind::UnexpectedEof.into());
             }
-            if records.is_empty() {
-                return Ok(all);
-            }
+            let told_so_far = all.len();
             for record in records {
                 let (numbers, _) = record.as_chunks();
                 let &[start, end, flags] = numbers else { return Err(ErrorKind::InvalidData.into()) };
                 let [start, end, flags] = [start, end, flags].map(u64::from_ne_bytes);
-                // Whatever the kernel does, this comes to an end.
-                if all.last().is_some_and(|(_, before, _)| start < *before) {
-                    return Err(ErrorKind::InvalidData.into());
+                match all.last() {
+                    // At its end the kernel begins anew where it had to wait, or where its buffer was full.
+                    Some((_, before, _)) if start < *before && all.len() == told_so_far => return Ok(all),
+                    Some((_, before, _)) if start < *before => return Err(ErrorKind::InvalidData.into()),
+                    _ => all.push((start, end, flags)),
                 }
-                all.push((start, end, flags));
+            }
+            if all.len() == told_so_far {
+                return Ok(all);
             }
         }
     }
 
-    /// Compares what both say about this process; the upper bits that mean nothing to us. Other threads may map and unmap
-    /// meanwhile, so mappings that only one of both knows are passed over; those made here must be among the others.
-    fn compare(&self) -> io::Result<u64> {
+    /// Compares what both say about this process; the upper bits. Other threads may map and unmap meanwhile, so
+    /// mappings that only one of both knows are passed over; those made here must be among the others.
+    fn compare(&self) -> io::Result<Upper> {
         let samples = Samples::make()?;
         let told = self.raw(rustix::process::getpid())?;
         let smaps = std::fs::read_to_string("/proc/self/smaps")?;
-        let (mut harmless, mut seen) = (0, 0);
+        let (mut upper, mut seen) = (Upper::default(), 0);
         for (range, said) in flags_of(&smaps) {
             let Some((start, _, flags)) = told.iter().find(|(start, end, _)| (*start, *end) == range) else {
                 continue;
             };
-            let is_weighty = said.iter().any(|word| WEIGHTY.contains(word));
-            harmless |= if is_weighty { 0 } else { flags >> 32 << 32 };
-            let named = words(*flags, u64::MAX << 32).unwrap_or_default();
+            let bits = flags >> 32 << 32;
+            match said.iter().find(|word| WEIGHTY.contains(word)) {
+                None => upper.harmless |= bits,
+                Some(word) if *word == DROPPABLE => upper.droppable |= bits,
+                Some(_) => {}
+            }
+            let named = words(*flags, Upper { harmless: u64::MAX, droppable: 0 }).unwrap_or_default();
             // Those of the upper bits have names that are not ours to know.
             let is_same = named.split_ascii_whitespace().all(|word| said.contains(&word))
                 && said.iter().filter(|word| WORDS.contains(*word)).all(|word| named.contains(*word));
@@ -242,8 +276,9 @@ impl VmFlags {
             }
             seen += usize::from(samples.all.contains(start));
         }
+        upper.droppable &= !upper.harmless;
         match seen == samples.all.len() {
-            true => Ok(harmless),
+            true => Ok(upper),
             false => Err(io::Error::new(ErrorKind::InvalidData, "it does not tell all mappings")),
         }
     }
@@ -262,15 +297,16 @@ fn flags_of(smaps: &str) -> impl Iterator<Item = ((u64, u64), Vec<&str>)> {
     })
 }
 
-/// Nothing when there is a bit that is neither named nor `harmless`.
-fn words(flags: u64, harmless: u64) -> Option<String> {
-    let unnamed =
-        (0u32..).zip(WORDS).filter(|(_, word)| word.is_empty()).fold(0, |all, (bit, _)| all | 1 << bit);
-    let named = u64::from(u32::MAX) & !unnamed;
+/// Nothing when there is a bit of which nothing is known.
+fn words(flags: u64, upper: Upper) -> Option<String> {
+    let told: Vec<_> =
+        (0u32..).zip(WORDS).filter(|(bit, word)| !word.is_empty() && flags >> bit & 1 == 1).collect();
+    let named = told.iter().fold(0, |all, (bit, _)| all | 1 << bit);
     // A lock on fault (bit 19) comes with a lock. The other one without a name is not in use.
-    let known = named | harmless | 1 << 19;
-    let told = (0u32..).zip(WORDS).filter(|(bit, word)| !word.is_empty() && flags >> bit & 1 == 1);
-    (flags & !known == 0).then(|| told.map(|(_, word)| word).collect::<Vec<_>>().join(" "))
+    let known = named | (upper.harmless | upper.droppable) >> 32 << 32 | 1 << 19;
+    let droppable = (flags & upper.droppable != 0).then_some(DROPPABLE);
+    let words = told.into_iter().map(|(_, word)| word).chain(droppable);
+    (flags & !known == 0).then(|| words.collect::<Vec<_>>().join(" "))
 }
 
 /// Mappings of this process, each with another flag.
@@ -284,6 +320,12 @@ impl Samples {
         let mut samples = Self { all: Vec::new() };
         samples.map(libc::MAP_PRIVATE | libc::MAP_NORESERVE)?;
         samples.map(libc::MAP_SHARED)?;
+        // Older kernels have no such kind of mapping.
+        if let Err(error) = samples.map(MAP_DROPPABLE)
+            && ![ErrorKind::InvalidInput, ErrorKind::Unsupported].contains(&error.kind())
+        {
+            return Err(error);
+        }
         for advice in ADVICE {
             let at = samples.map(libc::MAP_PRIVATE)?;
             // SAFETY: the range is one that was mapped above, which nobody reads or writes.
@@ -345,8 +387,8 @@ fn load_program(btf: &Btf) -> io::Result<OwnedFd> {
         offset.ok_or_else(|| missing(name))
     };
     let (start, end, flags) = (field("vm_start")?, field("vm_end")?, field("vm_flags")?);
-    // Called with the address of `struct bpf_iter__task_vma { meta, task, vma }` in register 1. Register 10 is the end of
-    // the stack.
+    // Called with the address of `struct bpf_iter__task_vma { meta, task, vma }` in register 1. Register 10 is the end
+    // of the stack.
     let program = [
         load(7, 1, 16),
         // At the end there is no mapping: jump to the end of this.
@@ -377,7 +419,9 @@ fn load_program(btf: &Btf) -> io::Result<OwnedFd> {
         attach_btf_id: function,
         ..ProgramAttr::default()
     };
-    bpf(PROG_LOAD, &attr)
+    // SAFETY: the structure for this, with the addresses of a program of that length and of a licence, which outlive
+    // it.
+    unsafe { bpf(PROG_LOAD, &attr) }
 }
 
 fn number(fd: &OwnedFd) -> u32 {
@@ -385,9 +429,12 @@ fn number(fd: &OwnedFd) -> u32 {
 }
 
 /// `bpf(2)`, for commands that return a descriptor.
-fn bpf<T>(command: libc::c_int, attr: &T) -> io::Result<OwnedFd> {
-    // SAFETY: `attr` is the structure of this command, and whatever it points to lives as long as its owner, which is
-    // longer than the call; the kernel only reads it.
+///
+/// # Safety
+/// `attr` must be the structure of this command, and the addresses in it must be of as much memory as it says, which
+/// the kernel reads.
+unsafe fn bpf<T>(command: libc::c_int, attr: &T) -> io::Result<OwnedFd> {
+    // SAFETY: as the caller promises.
     let fd = unsafe { libc::syscall(libc::SYS_bpf, command, ptr::from_ref(attr), size_of::<T>()) };
     match libc::c_int::try_from(fd) {
         // SAFETY: the kernel has just given it to us, and nobody else knows it.
@@ -432,6 +479,36 @@ mod tests {
     }
 
     #[test]
+    fn more_mappings_than_one_read_tells_are_all_told() {
+        const PAGES: usize = 4000;
+        let (length, flags) = (PAGES * PAGE_BYTES, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: a new mapping; every other page of it gets another protection, and all of it goes in the end.
+        let start = unsafe { libc::mmap(ptr::null_mut(), length, libc::PROT_READ, flags, -1, 0) };
+        assert_ne!(start, libc::MAP_FAILED);
+        for page in (1..PAGES).step_by(2) {
+            // SAFETY: as above.
+            let changed = unsafe {
+                libc::mprotect(
+                    start.byte_add(page * PAGE_BYTES),
+                    PAGE_BYTES,
+                    libc::PROT_READ | libc::PROT_WRITE,
+                )
+            };
+            assert_eq!(changed, 0);
+        }
+        let told = VmFlags::load().unwrap().of(rustix::process::getpid()).unwrap();
+        let address = |page: usize| start as u64 + (page * PAGE_BYTES) as u64;
+        let inner: Vec<_> = told
+            .iter()
+            .map(|told| told.start)
+            .filter(|at| (address(1)..address(PAGES)).contains(at))
+            .collect();
+        assert_eq!(inner, (1..PAGES).map(address).collect::<Vec<_>>());
+        // SAFETY: as above.
+        unsafe { libc::munmap(start, length) };
+    }
+
+    #[test]
     fn nobody_has_no_mappings() {
         // Above the highest id that the kernel gives.
         let nobody = Pid::from_raw(1 << 23).unwrap();
@@ -440,9 +517,12 @@ mod tests {
 
     #[test]
     fn a_flag_that_is_not_known_is_not_passed_over() {
-        assert_eq!(words(0x10_0073, 0).as_deref(), Some("rd wr mr mw me ac"));
-        assert_eq!(words(1 << 40 | 1, 0), None);
-        assert_eq!(words(1 << 40 | 1, 1 << 40).as_deref(), Some("rd"));
-        assert_eq!(words(1 << 11, u64::MAX << 32), None);
+        let upper = Upper { harmless: 1 << 40, droppable: 1 << 41 };
+        assert_eq!(words(0x10_0073, Upper::default()).as_deref(), Some("rd wr mr mw me ac"));
+        assert_eq!(words(1 << 40 | 1, Upper::default()), None);
+        assert_eq!(words(1 << 40 | 1, upper).as_deref(), Some("rd"));
+        assert_eq!(words(1 << 41 | 1, upper).as_deref(), Some("rd dp"));
+        assert_eq!(words(1 << 42, upper), None);
+        assert_eq!(words(1 << 11, Upper { harmless: u64::MAX, droppable: 0 }), None);
     }
 }
