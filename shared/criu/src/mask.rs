@@ -5,7 +5,8 @@
 //! it shall not. Covering CRIU's own pagemap with holes makes it find the `PAGEMAP_SCAN` ioctl unsupported and read.
 //!
 //! Shared memory it dumps by its mappings, which it knows from `/proc/<pid>/smaps`. A copy without those that are ours
-//! covers that file ([`crate::smaps`]).
+//! covers that file ([`crate::smaps`]), and a directory without its descriptors covers `/proc/<pid>/fd`
+//! ([`crate::descriptors`]).
 //!
 //! CRIU caches what it finds out about the kernel in `/run/criu.kdat`. A cache left by a CRIU without the mask says
 //! that the ioctl works, and one left by a masked CRIU says that it does not; so the masked one gets a cache of its own,
@@ -23,6 +24,7 @@ use std::sync::{Mutex, PoisonError};
 use haulage_sys::mount_ns::spawn_in_private_mounts;
 
 use crate::cause::Cause;
+use crate::descriptors;
 use crate::image::PAGE_SIZE;
 use crate::shared::LeftOutMapping;
 use crate::smaps::{self, SmapsError};
@@ -82,6 +84,7 @@ pub struct PagemapMask {
     hole: PathBuf,
     cache: PathBuf,
     covered: Vec<(PathBuf, PathBuf)>,
+    hides_descriptors: bool,
 }
 
 /// What masked CRIUs find out about the kernel: the content of their cache, and of which program it is.
@@ -128,6 +131,7 @@ impl PagemapMask {
             hole: dir.join("hole"),
             cache: run.join(CACHE_NAME),
             covered: Vec::new(),
+            hides_descriptors: false,
             dir,
             _lock: lock,
         };
@@ -198,6 +202,18 @@ impl PagemapMask {
         Ok(mappings)
     }
 
+    /// Has process `pid` have the descriptors of `shown` and no others for CRIU: each a number and what it is a link to.
+    ///
+    /// # Errors
+    /// When the directory cannot be made.
+    pub fn cover_descriptors(&mut self, pid: i32, shown: &[(u32, PathBuf)]) -> Result<(), MaskError> {
+        let directory = self.dir.join(format!("{pid}.fd"));
+        descriptors::make_directory(&directory, shown).map_err(at(&directory))?;
+        self.covered.push((directory, PathBuf::from(format!("/proc/{pid}/fd"))));
+        self.hides_descriptors = true;
+        Ok(())
+    }
+
     pub(crate) fn view(&self) -> Result<WorkerView, MaskError> {
         let cache = Path::new(RUN_DIR).join(CACHE_NAME);
         // Something must be there to be covered. CRIU takes an empty cache for a stale one and makes it anew.
@@ -207,7 +223,8 @@ impl PagemapMask {
         }
         let mut binds = self.covered.clone();
         binds.push((self.cache.clone(), cache));
-        Ok(WorkerView { binds, over_own_pagemap: Some(self.hole.clone()) })
+        let hides_descriptors = self.hides_descriptors;
+        Ok(WorkerView { binds, over_own_pagemap: Some(self.hole.clone()), hides_descriptors })
     }
 
     /// `criu check` in one process, unlike the RPC's: it leaves the cache that a masked dump would find out itself.
