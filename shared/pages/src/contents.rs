@@ -6,7 +6,8 @@
 //! between is like any other. Where this errs, and how rarely, is what [`crate::known`] says.
 //!
 //! Comparing takes a while for much memory, and need not be done in each round: it finds all that has been written since the
-//! last one, whenever that was. In the last round it is done, and when frozen.
+//! last one, whenever that was. When frozen it is done; in the last round, if there is something to be found of late that
+//! page tables do not tell, which is then not left for the freeze.
 //!
 //! The time is set when a call begins to write. So it counts as changed for as long as a call may take ([`CALL`]), and
 //! then once more: the writes of a call that was under way at one look are found by the next one. Nor does a time tell of
@@ -56,6 +57,8 @@ pub(crate) struct Contents {
     last: Option<Look>,
     /// When pages were last compared, and how long that took.
     compared: Option<(Instant, Duration)>,
+    /// It has told more than page tables did.
+    is_worthwhile: bool,
     hashes: BTreeMap<u64, Box<[u64; LEAF as usize]>>,
 }
 
@@ -89,15 +92,23 @@ impl Contents {
     /// Nothing was sent yet.
     pub(crate) fn new() -> Self {
         let seed = RandomState::new().hash_one(0);
-        Self { seed, zero: hash(&ZEROS, seed), last: None, compared: None, hashes: BTreeMap::new() }
+        Self {
+            seed,
+            zero: hash(&ZEROS, seed),
+            last: None,
+            compared: None,
+            is_worthwhile: false,
+            hashes: BTreeMap::new(),
+        }
     }
 
-    /// The pages of `pages` that are not as they were sent, as far as this round is to find out: with `unsure`, page tables
-    /// may not tell everything; the last round finds all. `look` was made before anything else.
+    /// The pages of `pages` that are not as they were sent, as far as this round is to find out, beside those of `told`, of
+    /// which page tables have. With `unsure`, they may not have told everything. `look` was made before anything else.
     pub(crate) fn collect(
         &mut self,
         file: &File,
         pages: &RangeSet,
+        told: &RangeSet,
         look: Look,
         unsure: bool,
         is_last: bool,
@@ -108,10 +119,11 @@ impl Contents {
         let is_due = self.compared.is_none_or(|(when, took)| when.elapsed() >= took * SHARE);
         if !self.may_differ(look) {
             self.last = Some(look);
-        } else if is_due || is_last {
+        } else if is_due || is_last && self.is_worthwhile {
             let started = Instant::now();
-            let differing = self.differing(file, pages)?;
+            let differing = self.differing(file, &pages.subtract(told))?;
             (self.last, self.compared) = (Some(look), Some((Instant::now(), started.elapsed())));
+            self.is_worthwhile = !differing.is_empty();
             return Ok(differing);
         }
         Ok(RangeSet::new())
@@ -277,9 +289,10 @@ mod tests {
     #[test]
     fn what_one_round_has_no_time_for_another_one_finds() {
         let (file, mut contents, all) = sent(100);
+        let told = RangeSet::from_iter(PageRange::with_count(PageNo(1), 1));
         let mut round = |unsure, is_last| {
             let look = Look::at(&file).unwrap();
-            let found = contents.collect(&file, &all, look, unsure, is_last).unwrap();
+            let found = contents.collect(&file, &all, &told, look, unsure, is_last).unwrap();
             let frozen = contents.scan(&file, &all, look, false).unwrap();
             contents.compared = Some((Instant::now(), Duration::from_secs(60)));
             (found.page_count(), frozen.page_count())
@@ -289,7 +302,17 @@ mod tests {
         for unsure in [false, true, false] {
             assert_eq!(round(unsure, false), (0, 1), "it was compared just now");
         }
-        assert_eq!(round(false, true), (1, 1));
+        assert_eq!(round(false, true), (0, 1), "nothing has been found so far");
+        contents.compared = None;
+        file.write_all_at(b"other", PAGE_BYTES as u64 + 7).unwrap();
+        let mut round = |is_last| {
+            let look = Look::at(&file).unwrap();
+            let found = contents.collect(&file, &all, &told, look, false, is_last).unwrap();
+            contents.compared = Some((Instant::now(), Duration::from_secs(60)));
+            found.page_count()
+        };
+        assert_eq!(round(false), 1, "what page tables have told is not looked for");
+        assert_eq!([round(false), round(true)], [0, 1]);
     }
 
     #[test]

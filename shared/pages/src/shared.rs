@@ -126,12 +126,12 @@ impl SharedMemory {
         for (id, mappings) in objects {
             let Some(process) = self.stand_in(id, &mappings) else { continue };
             let Some(known) = self.objects.get_mut(&id) else { continue };
-            let Ok((extents, differing)) = known.collect(unsure, is_last) else {
+            let writes = writes(&known.mappings, &mappings, &scans);
+            let Ok((extents, differing)) = known.collect(&writes.dirty, unsure, is_last) else {
                 // What the page tables said is forgotten with this: everything counts as written the next time.
                 (known.extents, known.mappings) = (RangeSet::new(), Vec::new());
                 continue;
             };
-            let writes = writes(&known.mappings, &mappings, &scans);
             let mut dirty = match unsure && known.contents.is_none() {
                 true => extents.clone(),
                 false => {
@@ -232,13 +232,13 @@ impl SharedMemory {
 }
 
 impl Known {
-    /// The pages that exist, and those that are known not to be as they were sent, whatever page tables say.
-    fn collect(&mut self, unsure: bool, is_last: bool) -> io::Result<(RangeSet, RangeSet)> {
+    /// The pages that exist, and those that are known not to be as they were sent, beside what page tables have `told`.
+    fn collect(&mut self, told: &RangeSet, unsure: bool, is_last: bool) -> io::Result<(RangeSet, RangeSet)> {
         // Before all else: what is written from here on shows the next time.
         let look = Look::at(&self.file)?;
         let extents = object::extents(&self.file)?;
         let differing = match &mut self.contents {
-            Some(contents) => contents.collect(&self.file, &extents, look, unsure, is_last)?,
+            Some(contents) => contents.collect(&self.file, &extents, told, look, unsure, is_last)?,
             None => RangeSet::new(),
         };
         Ok((extents, differing))

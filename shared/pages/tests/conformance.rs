@@ -17,6 +17,7 @@ use std::ops::ControlFlow;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
 
 use haulage_pages::PageBatch;
 use haulage_pages::choice::Compression;
@@ -61,18 +62,21 @@ impl Move {
     }
 
     fn round(&mut self) -> RoundReport {
-        self.round_at(Pace::default())
-    }
-
-    /// One that finds all there is to find.
-    fn last_round(&mut self) -> RoundReport {
-        self.round_at(Pace { last: true, ..Pace::default() })
-    }
-
-    fn round_at(&mut self, pace: Pace) -> RoundReport {
         let store = &mut self.store;
-        let pace = Pace { rate: Some(20_000.0), allowance: 100, ..pace };
+        let pace = Pace { rate: Some(20_000.0), allowance: 100, ..Pace::default() };
         self.source.round(pace, &mut |batch| into(store, &batch)).unwrap()
+    }
+
+    /// Makes rounds until one has found so many pages, which is the one that is returned.
+    fn round_that_finds(&mut self, pages: u64) -> RoundReport {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let report = self.round();
+            if report.dirty_pages >= pages {
+                return report;
+            }
+            assert!(Instant::now() < deadline, "no round finds {pages} pages: {report:?}");
+        }
     }
 
     fn tell(&mut self, commands: &str) {
@@ -486,21 +490,26 @@ fn a_memfd_that_is_written_to_by_descriptors_is_sent_no_more_than_that() {
     let mut target = Target::start_apart();
     target.tell("memfd 0 9000; write 0 0 5000; pwrite 0 5000 1000; fork; map 1 10; write 1 0 10; reader 2 0");
     let mut moving = Move::begin(target, Box::new(WriteProtect::new().unwrap()), TransferPolicy::All);
-    let first = moving.last_round().dirty_pages;
+    let first = moving.round().dirty_pages;
     assert!((6010..6400).contains(&first), "{first}");
     // The target's own input and output dirty a few pages.
     let own = 8;
     for _ in 0..2 {
-        let idle = moving.last_round();
+        let idle = moving.round();
         assert!(idle.dirty_pages <= own && idle.left_pages.is_some_and(|left| left <= own), "{idle:?}");
     }
     moving.tell("pwrite 0 100 37; read 0 0 5000; pwrite 0 8500 5; write 0 3000 3; restore 0 10 50");
-    let written = moving.last_round().dirty_pages;
-    assert!((45..45 + own).contains(&written), "{written}");
+    // What page tables tell is found at once, and the rest when there is time to compare.
+    let told = moving.round().dirty_pages;
+    assert!((8..45 + own).contains(&told), "{told}");
+    if told < 45 {
+        let rest = moving.round_that_finds(37).dirty_pages;
+        assert!(rest <= 37 + own, "{rest}");
+    }
     // A process that came and went may have written anything by mappings, which a comparison shows as well.
     moving.tell("putter 0 400 7; brief 0 500 9");
-    let written = moving.last_round().dirty_pages;
-    assert!((16..16 + 3 * own).contains(&written), "{written}");
+    let written = moving.round_that_finds(16).dirty_pages;
+    assert!(written <= 16 + 3 * own, "{written}");
     moving.tell("pwrite 0 700 9");
     let last = moving.finish();
     assert!(last.data_pages <= 9 + 2 * own, "{last:?}");
