@@ -57,8 +57,11 @@ pub(crate) struct Contents {
     last: Option<Look>,
     /// When pages were last compared, and how long that took.
     compared: Option<(Instant, Duration)>,
-    /// It has told more than page tables did.
+    /// What that found, until the next round shows what of it page tables tell too.
+    found: Option<RangeSet>,
+    /// It has told more than page tables do.
     is_worthwhile: bool,
+    /// Of pages that are still to be sent again, nothing.
     hashes: BTreeMap<u64, Box<[u64; LEAF as usize]>>,
 }
 
@@ -97,6 +100,7 @@ impl Contents {
             zero: hash(&ZEROS, seed),
             last: None,
             compared: None,
+            found: None,
             is_worthwhile: false,
             hashes: BTreeMap::new(),
         }
@@ -116,14 +120,20 @@ impl Contents {
         if unsure {
             self.last = None;
         }
+        // Some was written through mappings while it was compared.
+        if let Some(found) = self.found.take() {
+            self.is_worthwhile = !found.subtract(told).is_empty();
+        }
+        self.forget(told);
         let is_due = self.compared.is_none_or(|(when, took)| when.elapsed() >= took * SHARE);
         if !self.may_differ(look) {
             self.last = Some(look);
         } else if is_due || is_last && self.is_worthwhile {
             let started = Instant::now();
-            let differing = self.differing(file, &pages.subtract(told))?;
+            let differing = self.differing(file, pages)?;
             (self.last, self.compared) = (Some(look), Some((Instant::now(), started.elapsed())));
-            self.is_worthwhile = !differing.is_empty();
+            self.forget(&differing);
+            self.found = Some(differing.clone());
             return Ok(differing);
         }
         Ok(RangeSet::new())
@@ -193,6 +203,15 @@ impl Contents {
             }
         }
         Ok(())
+    }
+
+    /// Pages that are to be sent again, whatever they hold then.
+    fn forget(&mut self, pages: &RangeSet) {
+        for piece in pages.iter().flat_map(in_pieces) {
+            let Some(leaf) = self.hashes.get_mut(&(piece.start().0 / LEAF)) else { continue };
+            let first = (piece.start().0 % LEAF) as usize;
+            leaf.iter_mut().skip(first).take(piece.count() as usize).for_each(|hash| *hash = UNKNOWN);
+        }
     }
 
     /// Takes note of what was read of the memfd to be sent.
@@ -312,7 +331,8 @@ mod tests {
             found.page_count()
         };
         assert_eq!(round(false), 1, "what page tables have told is not looked for");
-        assert_eq!([round(false), round(true)], [0, 1]);
+        file.write_all_at(b"other", 2 * PAGE_BYTES as u64 + 7).unwrap();
+        assert_eq!([round(false), round(true)], [0, 1], "what was found is not looked for again");
     }
 
     #[test]
