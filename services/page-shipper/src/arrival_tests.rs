@@ -54,7 +54,7 @@ async fn session_in(dir: tempfile::TempDir) -> Session {
 
 /// A batch with one page of zeros.
 fn batch(round: u32, page: u64) -> Bytes {
-    let mut bytes = b"HPB3\0\0\0\0".to_vec();
+    let mut bytes = b"HPB4\0\0\0\0".to_vec();
     for word in [1, round, 1, 0, 1, 0] {
         bytes.extend(u32::to_le_bytes(word));
     }
