@@ -30,7 +30,7 @@ fn hardship(fleet: &Fleet, kind: &str) -> Result<()> {
 fn what_is_hard_to_move_arrives_whole() -> Result<()> {
     system(&Fleet::builder(), |fleet| {
         // Where the freeze finds a churn is another moment of its life every time.
-        for kind in ["sparse", "guard", "churn", "churn", "churn", "direct", "crowd"] {
+        for kind in ["sealed", "sparse", "guard", "churn", "churn", "churn", "direct", "crowd"] {
             hardship(fleet, kind)?;
             let moved = fleet.migrate(kind, 0, 1)?;
             moved.committed().with_context(|| kind.to_owned())?;
@@ -57,6 +57,24 @@ fn what_cannot_be_dumped_is_refused_before_anything_is_touched() -> Result<()> {
             let moved = fleet.migrate(kind, 0, 1)?;
             ensure!(moved.code == kind && !moved.remedy.is_empty(), "{kind}: {}", moved.result);
             ensure!(events.wait_for_phase("reserve", Duration::ZERO).is_err(), "{kind}: it went on");
+            ensure!(fleet.host(0).init_pid(kind)? == pid, "{kind}: it was restarted");
+            ensure!(dirtier::verify(fleet.host(0), kind)?.bad == 0, "{kind}");
+            only_on(fleet, kind, 0)?;
+            fleet.host(0).docker(&["rm", "--force", kind])?;
+        }
+        fleet.hosts().iter().try_for_each(nothing_left_on)
+    })
+}
+
+/// What is more than a memfd's content and descriptors is seen when it stands still, or by CRIU.
+#[test]
+fn a_memfd_that_cannot_be_carried_whole_stays_where_it_is() -> Result<()> {
+    system(&Fleet::builder(), |fleet| {
+        for (kind, code) in [("locked", "dump_failed"), ("passed", "bad_images")] {
+            hardship(fleet, kind)?;
+            let pid = fleet.host(0).init_pid(kind)?;
+            let moved = fleet.migrate(kind, 0, 1)?;
+            ensure!(moved.outcome == "rolled_back" && moved.code == code, "{kind}: {}", moved.result);
             ensure!(fleet.host(0).init_pid(kind)? == pid, "{kind}: it was restarted");
             ensure!(dirtier::verify(fleet.host(0), kind)?.bad == 0, "{kind}");
             only_on(fleet, kind, 0)?;

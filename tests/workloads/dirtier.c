@@ -1,12 +1,16 @@
 /*
- * dirtier [MEBIBYTES [OPERATIONS]]: changes every kind of memory all the time and, on SIGUSR1, verifies all of it.
+ * dirtier [MEBIBYTES [OPERATIONS [childless]]]: changes every kind of memory all the time and, on SIGUSR1, verifies all of
+ * it.
  *
  * Kinds: private anonymous, transparent huge pages, brk heap, private file mapping, shared anonymous, memfd, mappings
  * that come and go, that move (mremap) and that are discarded (MADV_DONTNEED), read-only ones, and stacks. Several
  * processes (forked, each with its own copy of what is private) of several threads, and now and then a short-lived
  * child that checks what it inherited.
  *
- * MEBIBYTES: private anonymous memory, in every process (64). OPERATIONS: changes per thread and 10 ms (20).
+ * MEBIBYTES: private anonymous memory, in every process (64). OPERATIONS: changes per thread and 10 ms (20). A childless
+ * one starts no short-lived processes.
+ *
+ * The memfd is written to and read by its mapping and by its descriptor, now so and now so.
  *
  * What a page holds is a function of its place and of how often it was changed. That count is kept apart, by the one
  * thread that owns the page, so each page is verified by its owner while all the others go on. On SIGUSR1 it prints
@@ -35,6 +39,7 @@ enum { ANON, THP, HEAP, PRIVATE_FILE, SHARED_ANON, MEMFD, KINDS };
 static const char *const KIND[KINDS] = { "anonymous", "huge", "heap", "private-file", "shared", "memfd" };
 
 static char *base[KINDS];
+static int memory; /* the memfd's descriptor */
 static uint64_t pages[KINDS];
 static uint32_t *count[KINDS]; /* private to each process, so forks diverge with their memory */
 
@@ -79,6 +84,20 @@ static int page_is_bad(const char *at, uint64_t key, uint64_t page, uint32_t tim
 	return 0;
 }
 
+/* The same, of the memfd, by its descriptor. Nobody else writes to the page meanwhile. */
+static void put_page(uint64_t page, uint32_t times) {
+	char now[PAGE];
+	if (pread(memory, now, PAGE, (off_t)(page * PAGE)) != PAGE) die("pread");
+	write_page(now, MEMFD, page, times);
+	if (pwrite(memory, now, PAGE, (off_t)(page * PAGE)) != PAGE) die("pwrite");
+}
+
+static int stored_page_is_bad(uint64_t page, uint32_t times) {
+	char now[PAGE];
+	if (pread(memory, now, PAGE, (off_t)(page * PAGE)) != PAGE) die("pread");
+	return page_is_bad(now, MEMFD, page, times);
+}
+
 static void *map(size_t size, int flags, int fd) {
 	void *at = mmap(NULL, size, PROT_READ | PROT_WRITE, flags, fd, 0);
 	if (at == MAP_FAILED) die("mmap");
@@ -102,7 +121,7 @@ static void make_regions(uint64_t mebibytes) {
 	base[PRIVATE_FILE] = map(small, MAP_PRIVATE, file);
 	close(file);
 	base[SHARED_ANON] = map(small, MAP_SHARED | MAP_ANONYMOUS, -1);
-	int memory = memfd_create("dirtier", MFD_CLOEXEC);
+	memory = memfd_create("dirtier", MFD_CLOEXEC);
 	if (memory < 0 || ftruncate(memory, (off_t)small) < 0) die("memfd");
 	base[MEMFD] = map(small, MAP_SHARED, memory); /* the descriptor stays open */
 
@@ -194,6 +213,7 @@ static uint64_t verify_all(int process, int thread, const struct slot *slots, ui
 			if (is_mine(k, p, process, thread)) {
 				/* Of the shared kinds each process knows the first count, made before the forks. */
 				bad += (uint64_t)page_is_bad(base[k] + p * PAGE, (uint64_t)k, p, count[k][p]);
+				if (k == MEMFD) bad += (uint64_t)stored_page_is_bad(p, count[k][p]);
 			}
 		sum += complain(bad, KIND[k], process, thread);
 	}
@@ -223,7 +243,10 @@ static void *work(void *given) {
 				char *at = base[k] + p * PAGE;
 				/* What is about to be overwritten is looked at first: a lost page would be hidden otherwise. */
 				if (page_is_bad(at, (uint64_t)k, p, count[k][p])) mine->bad += complain(1, KIND[k], here.process, here.thread);
-				write_page(at, (uint64_t)k, p, ++count[k][p]);
+				if (k == MEMFD && next(&random) % 2)
+					put_page(p, ++count[k][p]);
+				else
+					write_page(at, (uint64_t)k, p, ++count[k][p]);
 			}
 			mine->operations++;
 		}
@@ -288,8 +311,9 @@ static int all_done(uint64_t epoch) {
 int main(int argc, char **argv) {
 	int mebibytes = argc > 1 ? atoi(argv[1]) : 64;
 	int operations = argc > 2 ? atoi(argv[2]) : 20;
-	if (mebibytes < 1 || operations < 1) {
-		fprintf(stderr, "usage: dirtier [MEBIBYTES [OPERATIONS]]\n");
+	int is_childless = argc > 3 && !strcmp(argv[3], "childless");
+	if (mebibytes < 1 || operations < 1 || (argc > 3 && !is_childless)) {
+		fprintf(stderr, "usage: dirtier [MEBIBYTES [OPERATIONS [childless]]]\n");
 		return 2;
 	}
 	signal(SIGTERM, on_term);
@@ -315,7 +339,7 @@ int main(int argc, char **argv) {
 	fflush(stdout);
 
 	for (uint64_t turn = 0;; turn++) {
-		if (turn % 20 == 0) fork_briefly(constant);
+		if (turn % 20 == 0 && !is_childless) fork_briefly(constant);
 		if (asked) {
 			asked = 0;
 			uint64_t epoch = board->epoch + 1;

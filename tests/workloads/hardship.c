@@ -8,7 +8,9 @@
  *   direct       asynchronous direct IO, several requests at a time
  *   tmpfs        files in /dev/shm: one of MEBIBYTES (64) that is mapped and written to all the time, one that is mapped only
  *                while it is written to, one that is deleted, and a socket
- * and such as cannot be moved: userfaultfd, io_uring, traced.
+ *   sealed       a memfd that is sealed against further writing, and written to by the mapping that it has
+ * and such as cannot be moved: userfaultfd, io_uring, traced, and a memfd that is locked, or passed: its descriptor is in a
+ * socket, and nobody takes it out.
  *
  * It prints, as dirtier does,
  *   verdict NUMBER operations OPERATIONS bad FAULTS
@@ -26,6 +28,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/ptrace.h>
@@ -87,6 +90,27 @@ static void begin_pages(uint64_t apart, uint64_t number, size_t size) {
 static void change_page(void) {
 	uint64_t p = operations % pages;
 	fill(base + p * stride, p, ++count[p]);
+}
+
+static int begin_memfd(const char *name) {
+	int fd = memfd_create(name, MFD_ALLOW_SEALING);
+	if (fd < 0 || ftruncate(fd, PAGES * PAGE)) die("memfd");
+	stride = PAGE; pages = PAGES;
+	base = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	if (base == MAP_FAILED) die("mmap");
+	for (uint64_t p = 0; p < pages; p++) fill(base + p * stride, p, count[p] = 1);
+	return fd;
+}
+
+static void pass(int fd) {
+	int ends[2];
+	char byte = 0, space[CMSG_SPACE(sizeof fd)] = { 0 };
+	struct iovec bytes = { .iov_base = &byte, .iov_len = 1 };
+	struct msghdr message = { .msg_iov = &bytes, .msg_iovlen = 1, .msg_control = space, .msg_controllen = sizeof space };
+	struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+	header->cmsg_level = SOL_SOCKET; header->cmsg_type = SCM_RIGHTS; header->cmsg_len = CMSG_LEN(sizeof fd);
+	memcpy(CMSG_DATA(header), &fd, sizeof fd);
+	if (socketpair(AF_UNIX, SOCK_DGRAM, 0, ends) || sendmsg(ends[0], &message, 0) != 1) die("sendmsg");
 }
 
 static void check_pages(void) {
@@ -294,6 +318,15 @@ int main(int argc, char **argv) {
 	} else if (!strcmp(kind, "tmpfs")) {
 		begin_tmpfs(argc > 2 ? (uint64_t)atoll(argv[2]) : 64);
 		work = change_files; check = check_files;
+	} else if (!strcmp(kind, "sealed")) {
+		if (fcntl(begin_memfd(kind), F_ADD_SEALS, F_SEAL_FUTURE_WRITE)) die("seal");
+		work = change_page; check = check_pages;
+	} else if (!strcmp(kind, "locked")) {
+		if (flock(begin_memfd(kind), LOCK_EX)) die("flock");
+		work = change_page; check = check_pages;
+	} else if (!strcmp(kind, "passed")) {
+		pass(begin_memfd(kind));
+		work = change_page; check = check_pages;
 	} else if (!strcmp(kind, "userfaultfd")) {
 		struct uffdio_api api = { .api = UFFD_API };
 		int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
@@ -306,7 +339,7 @@ int main(int argc, char **argv) {
 		if (!child) for (;;) pause();
 		if (child < 0 || ptrace(PTRACE_SEIZE, child, 0, 0)) die("ptrace");
 	} else {
-		fprintf(stderr, "usage: hardship sparse|crowd|guard|churn|direct|tmpfs|userfaultfd|io_uring|traced\n");
+		fprintf(stderr, "usage: hardship sparse|crowd|guard|churn|direct|tmpfs|sealed|locked|passed|userfaultfd|io_uring|traced\n");
 		return 2;
 	}
 	for (int answered = 0;;) {

@@ -1,11 +1,13 @@
 //! The dump, and the hold that follows it.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 use haulage_criu::companion::CarriedTmpfs;
+use haulage_criu::descriptors::LeftOutMemfd;
 use haulage_criu::dump::{self, DumpRequest};
 use haulage_criu::guard;
 use haulage_criu::held::HeldDump;
@@ -16,7 +18,7 @@ use haulage_criu::shared::{LeftOut, LeftOutProcess, SharedObject};
 use haulage_engine::{BundleFacts, TmpfsFacts};
 use haulage_pages::in_flight::Rings;
 use haulage_pages::maps::Maps;
-use haulage_pages::object;
+use haulage_pages::object::{self, Memfd};
 use haulage_pages::process::{self, Process, Vpid};
 use haulage_protocol::checkpointer::{Confirmed, Dump, Dumped, Network, SourceTmpfs};
 use haulage_protocol::fault::{Fault, code};
@@ -28,6 +30,7 @@ use haulage_sys::pagemap::Pagemap;
 use haulage_sys::rcu::Expedited;
 
 use crate::Checkpointer;
+use crate::descriptors::{Descriptors, OpenFiles};
 use crate::failure::{DUMP, fault, joined};
 use crate::freeze::{FREEZE_WITHIN, io_in_flight};
 use crate::notes::{DUMP as DUMP_DIR, Notes};
@@ -159,6 +162,14 @@ fn guards(all: &[(Process, Maps)]) -> Result<Guards, Fault> {
 fn hide(mask: &mut PagemapMask, all: &[(Process, Maps)], images: &Path) -> Result<(), Fault> {
     let objects = object::carried(all).map_err(fault(DUMP))?;
     let mut left_out = LeftOut::default();
+    let mut memfds = BTreeSet::new();
+    for (id, mappings) in &objects {
+        let size = object::size(*id, mappings).map_err(fault(DUMP))?;
+        let memfd = object::memfd(*id, mappings).map_err(fault(DUMP))?.map(described);
+        memfds.extend(memfd.as_ref().map(|_| *id));
+        left_out.objects.push(SharedObject { id: id.0, size, memfd });
+    }
+    let mut files = OpenFiles::default();
     for (process, maps) in all {
         let hidden: Vec<_> = maps.tracked().map(|pages| pages.addresses()).collect();
         let theirs = objects.values().flatten().filter(|mapping| mapping.process == *process);
@@ -167,18 +178,28 @@ fn hide(mask: &mut PagemapMask, all: &[(Process, Maps)], images: &Path) -> Resul
         let needless: Vec<_> =
             hidden.iter().filter(|range| range.end - range.start >= LARGE).cloned().collect();
         let mappings = mask.cover_shared(pid, &hidden, &unknown, &needless).map_err(fault(DUMP))?;
-        if !mappings.is_empty() {
-            left_out.processes.push(LeftOutProcess { pid: process.vpid.0, mappings });
+        let mut descriptors = Descriptors::default();
+        if !memfds.is_empty() {
+            descriptors = files.descriptors(*process, &memfds)?;
+        }
+        let Descriptors { shown, left_out: descriptors } = descriptors;
+        if !descriptors.is_empty() {
+            mask.cover_descriptors(pid, &shown).map_err(fault(DUMP))?;
+        }
+        if !mappings.is_empty() || !descriptors.is_empty() {
+            left_out.processes.push(LeftOutProcess { pid: process.vpid.0, mappings, descriptors });
         }
     }
-    for (id, mappings) in &objects {
-        let size = object::size(*id, mappings).map_err(fault(DUMP))?;
-        left_out.objects.push(SharedObject { id: id.0, size });
-    }
+    left_out.files = files.into_files();
     if !left_out.processes.is_empty() {
         left_out.write(images).map_err(fault(DUMP))?;
     }
     Ok(())
+}
+
+fn described(memfd: Memfd) -> LeftOutMemfd {
+    let Memfd { label, mode, owner: (uid, gid), seals } = memfd;
+    LeftOutMemfd { name: label.as_bytes().to_vec(), mode, uid, gid, seals }
 }
 
 fn request(bundle: &BundleFacts, images: PathBuf, work: PathBuf, ask: &Dump) -> Result<DumpRequest, Fault> {

@@ -12,6 +12,7 @@
 //! restarted still knows how to roll back.
 
 mod commit;
+mod descriptors;
 mod drift;
 mod failure;
 mod freeze;

@@ -3,6 +3,7 @@
 use super::*;
 use haulage_pages::link::Link;
 use haulage_pages::manifest::ManifestProcess;
+use haulage_pages::object::Label;
 use haulage_pages::owed::{Ask, Word};
 use haulage_pages::process::{Generation, Vpid};
 use haulage_pages::range::{PageNo, PageRange, RangeSet};
@@ -86,7 +87,8 @@ async fn send(to: &mut Departure, kind: FrameKind, payload: Bytes) {
 /// A manifest of some pages of one process.
 fn manifest(first: u64, count: u64) -> FinalManifest {
     let pages = RangeSet::from_iter(PageRange::with_count(PageNo(first), count));
-    let processes = [(Vpid(1), ManifestProcess { generation: Generation(1), pages })];
+    let processes =
+        [(Vpid(1), ManifestProcess { generation: Generation(1), label: Label::default(), pages })];
     FinalManifest { processes: processes.into() }
 }
 

@@ -1,9 +1,13 @@
 //! CRIU's images and our pages become one set of images.
 
+use std::fs::{File, Permissions};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{PermissionsExt, fchown};
 use std::path::Path;
 
+use haulage_criu::descriptors::LeftOutMemfd;
 use haulage_criu::merge::{Assembly, Fill, PageSource};
 use haulage_criu::pagemap::PageRun;
 use haulage_criu::shared::{LeftOut, SharedObject};
@@ -12,8 +16,12 @@ use haulage_pages::range::{PageNo, PageRange};
 use haulage_pages::sealed::SealedStore;
 use haulage_protocol::fault::Fault;
 use haulage_protocol::unit::PAGE_SIZE;
+use rustix::fs::{SealFlags, fcntl_add_seals, fcntl_get_seals};
 
 use crate::failure::{IMAGES, fault};
+
+/// What of `st_mode` are permissions.
+const PERMISSIONS: u32 = 0o7777;
 
 /// Joins the images in `received` with the sealed store in `store`; the result is in `complete`. Pages that can come
 /// later are only named there. Returns the shared memory that the restore inherits, in the order of its keys.
@@ -38,12 +46,34 @@ pub(crate) fn join(received: &Path, store: &Path, complete: &Path) -> Result<Vec
     Ok(shared)
 }
 
-/// The memory of an object, of its length.
+/// The memory of an object, of its length; of a memfd, with all that it is besides. Nothing is written to it any more but
+/// by the container.
 fn shared(store: &SealedStore, object: &SharedObject) -> Result<OwnedFd, Fault> {
     let Some((_, _, memory)) = store.objects().find(|(_, id, _)| id.0 == object.id) else {
         return Err(Fault::new(IMAGES, format!("the shared memory {} has not come", object.id)));
     };
-    memory.set_len(object.size).and_then(|()| memory.try_clone()).map(Into::into).map_err(fault(IMAGES))
+    memory.set_len(object.size).map_err(fault(IMAGES))?;
+    if let Some(memfd) = &object.memfd {
+        finish(memory, memfd).map_err(fault(IMAGES))?;
+    }
+    memory.try_clone().map(Into::into).map_err(fault(IMAGES))
+}
+
+fn finish(memory: &File, is: &LeftOutMemfd) -> io::Result<()> {
+    let name = std::fs::read_link(format!("/proc/self/fd/{}", memory.as_raw_fd()))?;
+    let expected = [b"/memfd:", &is.name[..], b" (deleted)"].concat();
+    if name.as_os_str().as_bytes() != expected {
+        let expected = String::from_utf8_lossy(&is.name);
+        return Err(io::Error::other(format!("{} has come for the memfd {expected}", name.display())));
+    }
+    fchown(memory, Some(is.uid), Some(is.gid))?;
+    memory.set_permissions(Permissions::from_mode(is.mode & PERMISSIONS))?;
+    let seals = SealFlags::from_bits_retain(is.seals);
+    // Nobody adds any where one keeps others away, though it be there already.
+    if fcntl_get_seals(memory)? != seals {
+        fcntl_add_seals(memory, seals)?;
+    }
+    Ok(())
 }
 
 /// The stored pages of one process.

@@ -29,6 +29,10 @@ pub enum ImageKind {
     Files,
     /// `memfd.img`.
     MemfdInode,
+    /// `ids-<pid>.img`.
+    Ids,
+    /// `fdinfo-<table>.img`.
+    Fdinfo,
     /// Not CRIU's but ours: [`crate::shared`].
     Shared,
 }
@@ -42,7 +46,9 @@ impl ImageKind {
             Self::Pagemap => 0x5608_4025,
             Self::Files => 0x5630_3138,
             Self::MemfdInode => 0x4845_3499,
-            Self::Shared => u32::from_le_bytes(*b"HSM1"),
+            Self::Ids => 0x5443_2030,
+            Self::Fdinfo => 0x5621_3732,
+            Self::Shared => u32::from_le_bytes(*b"HSM2"),
         }
     }
 

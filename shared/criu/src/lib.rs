@@ -15,6 +15,7 @@
 
 pub mod cause;
 pub mod companion;
+pub mod descriptors;
 pub mod dump;
 pub mod guard;
 pub mod held;

@@ -6,7 +6,7 @@
 //!
 //! Shared memory it dumps by its mappings, which it knows from `/proc/<pid>/smaps`. A copy without those that are ours
 //! covers that file ([`crate::smaps`]), and without the counts of pages, which nobody needs and the kernel takes long
-//! for.
+//! for; and a directory without its descriptors covers `/proc/<pid>/fd` ([`crate::descriptors`]).
 //!
 //! CRIU caches what it finds out about the kernel in `/run/criu.kdat`. A cache left by a CRIU without the mask says
 //! that the ioctl works, and one left by a masked CRIU says that it does not; so the masked one gets a cache of its
@@ -25,6 +25,7 @@ use haulage_sys::Pid;
 use haulage_sys::mount_ns::spawn_in_private_mounts;
 
 use crate::cause::Cause;
+use crate::descriptors;
 use crate::image::PAGE_SIZE;
 use crate::shared::LeftOutMapping;
 use crate::smaps::{self, SmapsError};
@@ -87,6 +88,7 @@ pub struct PagemapMask {
     cache: PathBuf,
     covered: Vec<(PathBuf, PathBuf)>,
     criu: Criu,
+    hides_descriptors: bool,
 }
 
 /// What masked CRIUs find out about the kernel: the content of their cache, and of which program it is.
@@ -134,6 +136,7 @@ impl PagemapMask {
             hole: dir.join("hole"),
             cache: run.join(CACHE_NAME),
             covered: Vec::new(),
+            hides_descriptors: false,
             dir,
             _lock: lock,
             criu: criu.clone(),
@@ -223,6 +226,18 @@ impl PagemapMask {
         short().inspect_err(|error| tracing::info!(pid, %error, "flags of mappings are read from smaps")).ok()
     }
 
+    /// Has process `pid` have the descriptors of `shown` and no others for CRIU: each a number and what it is a link to.
+    ///
+    /// # Errors
+    /// When the directory cannot be made.
+    pub fn cover_descriptors(&mut self, pid: i32, shown: &[(u32, PathBuf)]) -> Result<(), MaskError> {
+        let directory = self.dir.join(format!("{pid}.fd"));
+        descriptors::make_directory(&directory, shown).map_err(at(&directory))?;
+        self.covered.push((directory, PathBuf::from(format!("/proc/{pid}/fd"))));
+        self.hides_descriptors = true;
+        Ok(())
+    }
+
     pub(crate) fn view(&self) -> Result<WorkerView, MaskError> {
         let cache = Path::new(RUN_DIR).join(CACHE_NAME);
         // Something must be there to be covered. CRIU takes an empty cache for a stale one and makes it anew.
@@ -232,7 +247,8 @@ impl PagemapMask {
         }
         let mut binds = self.covered.clone();
         binds.push((self.cache.clone(), cache));
-        Ok(WorkerView { binds, over_own_pagemap: Some(self.hole.clone()) })
+        let hides_descriptors = self.hides_descriptors;
+        Ok(WorkerView { binds, over_own_pagemap: Some(self.hole.clone()), hides_descriptors })
     }
 
     /// `criu check` in one process, unlike the RPC's: it leaves the cache that a masked dump would find out itself.

@@ -88,6 +88,16 @@ pub enum MergeError {
         /// Its inode number on the source.
         object: u64,
     },
+    /// CRIU has dumped a descriptor that was to be hidden from it, or it is of a file that is not there.
+    #[error(
+        "criu has dumped the descriptor {number} of process {pid}, or its file is not among what was left out"
+    )]
+    Descriptor {
+        /// Whose.
+        pid: u32,
+        /// Which.
+        number: u32,
+    },
     /// Pages for a process that the images do not have.
     #[error("the images have no process {0}")]
     NoProcess(u32),
@@ -145,7 +155,7 @@ impl Assembly {
         &self.processes
     }
 
-    /// Adds the mappings that CRIU was not told of, before any pages are. Shared memory is inherited by the restore, under
+    /// Adds the mappings and descriptors that CRIU was not told of, before any pages are. Shared memory is inherited by the restore, under
     /// the keys of [`LeftOut::key`] and in the order of its objects.
     ///
     /// # Errors

@@ -6,7 +6,8 @@
 //!                                                               restore: the file's name is the key of a descriptor
 //! ```
 //! A mapping of an object becomes one of a regular file that CRIU does not open by its path but inherits as a descriptor
-//! (`open_path` of `criu/files-reg.c`): of memory that holds everything already. CRIU opens it anew for each process.
+//! (`open_path` of `criu/files-reg.c`): of memory that holds everything already. CRIU opens it anew for each process. So do
+//! descriptors of a memfd ([`crate::descriptors`]).
 
 use std::fs::{self, File};
 use std::io::{BufReader, ErrorKind};
@@ -14,6 +15,7 @@ use std::path::Path;
 
 use prost::Message;
 
+use crate::descriptors::{self, LeftOutDescriptor, LeftOutFile, LeftOutMemfd};
 use crate::image::{ImageError, ImageKind, ImageReader, ImageWriter, io_at};
 use crate::merge::MergeError;
 use crate::mm;
@@ -23,14 +25,15 @@ use crate::wire;
 const FILE: &str = "haul-shared.img";
 const FILES: &str = "files.img";
 const MEMFDS: &str = "memfd.img";
-/// `O_RDWR` of `open(2)`.
+/// `O_RDONLY` and `O_RDWR` of `open(2)`.
+const READ_ONLY: u32 = 0;
 const READ_WRITE: u32 = 2;
 /// `VMA_AREA_REGULAR` and `VMA_FILE_SHARED` of `criu/include/image.h`.
 const SHARED_FILE: u32 = 1 | 1 << 7;
 /// `VMA_AREA_REGULAR` and `VMA_ANON_PRIVATE`.
 const PRIVATE_MEMORY: u32 = 1 | 1 << 9;
 /// `REG` of `fd_types` in `images/fdinfo.proto`.
-const REGULAR: i32 = 1;
+pub(crate) const REGULAR: i32 = 1;
 /// The field of mappings in `images/mm.proto`.
 const MAPPINGS: u32 = 14;
 
@@ -58,6 +61,9 @@ pub struct LeftOutMapping {
     /// A bit for each advice of `madvise(2)` that is in force.
     #[prost(uint64, optional, tag = "7")]
     pub madv: Option<u64>,
+    /// It is of a descriptor that was open for reading only, so that it can never be made writable.
+    #[prost(bool, optional, tag = "8")]
+    pub read_only: Option<bool>,
 }
 
 impl LeftOutMapping {
@@ -76,9 +82,12 @@ pub struct SharedObject {
     /// Its length in bytes.
     #[prost(uint64, required, tag = "2")]
     pub size: u64,
+    /// If it is a memfd.
+    #[prost(message, optional, tag = "3")]
+    pub memfd: Option<LeftOutMemfd>,
 }
 
-/// The mappings of one process.
+/// The mappings and descriptors of one process.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct LeftOutProcess {
     /// Its id in the images.
@@ -87,6 +96,9 @@ pub struct LeftOutProcess {
     /// In address order.
     #[prost(message, repeated, tag = "2")]
     pub mappings: Vec<LeftOutMapping>,
+    /// Of memfds.
+    #[prost(message, repeated, tag = "3")]
+    pub descriptors: Vec<LeftOutDescriptor>,
 }
 
 /// All memory that a dump has left out altogether.
@@ -95,9 +107,12 @@ pub struct LeftOut {
     /// The objects.
     #[prost(message, repeated, tag = "1")]
     pub objects: Vec<SharedObject>,
-    /// The processes that have some of it mapped.
+    /// The processes that have some of it mapped, or a descriptor of it.
     #[prost(message, repeated, tag = "2")]
     pub processes: Vec<LeftOutProcess>,
+    /// Open files of memfds.
+    #[prost(message, repeated, tag = "3")]
+    pub files: Vec<LeftOutFile>,
 }
 
 impl LeftOut {
@@ -123,6 +138,11 @@ impl LeftOut {
         };
         let mut image = ImageReader::new(&path, ImageKind::Shared, BufReader::new(file))?;
         image.read_known()?.ok_or_else(|| image.damaged("it is empty"))
+    }
+
+    fn index_of(&self, object: u64) -> Result<usize, MergeError> {
+        let index = self.objects.iter().position(|known| known.id == object);
+        index.ok_or(MergeError::Shared { object })
     }
 
     /// The key by which a restore inherits the descriptor of object number `index`.
@@ -216,13 +236,16 @@ pub(crate) fn add(left_out: &LeftOut, received: &Path, out: &Path, pids: &[u32])
     }
     refuse_known(left_out, received)?;
     let first = if left_out.objects.is_empty() { 0 } else { add_files(left_out, received, out)? };
-    for LeftOutProcess { pid, mappings } in &left_out.processes {
+    for LeftOutProcess { pid, mappings, .. } in &left_out.processes {
         if !pids.contains(pid) {
             return Err(MergeError::NoProcess(*pid));
         }
-        add_mappings(left_out, first, *pid, mappings, received, out)?;
+        if !mappings.is_empty() {
+            add_mappings(left_out, first, *pid, mappings, received, out)?;
+        }
     }
-    Ok(())
+    // There are no more of them than fit their images.
+    descriptors::add(left_out, first + left_out.objects.len() as u32, received, out)
 }
 
 /// CRIU dumps an object that it sees by a descriptor or another mapping.
@@ -241,23 +264,26 @@ fn refuse_known(left_out: &LeftOut, received: &Path) -> Result<(), MergeError> {
     Ok(())
 }
 
-/// One file an object; the id of the first.
+/// One file an object for its mappings, then those of descriptors; the id of the first.
 fn add_files(left_out: &LeftOut, received: &Path, out: &Path) -> Result<u32, MergeError> {
-    let (from, to) = (received.join(FILES), out.join(FILES));
-    let mut image = ImageReader::open(&from, ImageKind::Files)?;
+    let mut image = ImageReader::open(&received.join(FILES), ImageKind::Files)?;
     let mut last = 0;
     while let Some(FileEntry { id, .. }) = image.read()? {
         last = last.max(id);
     }
-    let first = last.checked_add(1).ok_or_else(|| image.unknown("file ids up to the last"))?;
-    // Never written through a link to what was received.
-    fs::remove_file(&to).map_err(io_at(&to))?;
-    fs::copy(&from, &to).map_err(io_at(&to))?;
-    let file = File::options().append(true).open(&to).map_err(io_at(&to))?;
-    let mut image = ImageWriter::further(&to, file);
-    for (index, id) in (0..left_out.objects.len()).zip(first..) {
-        let (name, owner) = (LeftOut::key(index), Owner::default());
-        let regular = RegFile { id, flags: READ_WRITE, pos: 0, owner, name, ext: Some(true) };
+    let count = u32::try_from(left_out.objects.len() + left_out.files.len()).ok();
+    let first =
+        last.checked_add(1).filter(|first| count.and_then(|count| first.checked_add(count)).is_some());
+    let first = first.ok_or_else(|| image.unknown("file ids up to the last"))?;
+    let mut image = descriptors::to_go_on_with(received, out, FILES)?;
+    let mapped = left_out.objects.iter().map(|object| LeftOutFile {
+        object: object.id,
+        flags: READ_WRITE,
+        position: 0,
+    });
+    for (file, id) in mapped.chain(left_out.files.iter().cloned()).zip(first..) {
+        let (name, owner) = (LeftOut::key(left_out.index_of(file.object)?), Owner::default());
+        let regular = RegFile { id, flags: file.flags, pos: file.position, owner, name, ext: Some(true) };
         image.append(&FileEntry { kind: REGULAR, id, regular: Some(regular) })?;
     }
     image.finish()?;
@@ -299,11 +325,10 @@ fn add_mappings(
             fdflags: None,
         };
         if !mapping.is_private() {
-            let index = left_out.objects.iter().position(|object| object.id == mapping.object);
-            let index = index.ok_or(MergeError::Shared { object: mapping.object })?;
             // Few enough: each has an entry in an image of limited size.
-            entry.file = u64::from(first_file) + index as u64;
-            (entry.status, entry.fdflags) = (SHARED_FILE, Some(READ_WRITE));
+            entry.file = u64::from(first_file) + left_out.index_of(mapping.object)? as u64;
+            let flags = if mapping.read_only == Some(true) { READ_ONLY } else { READ_WRITE };
+            (entry.status, entry.fdflags) = (SHARED_FILE, Some(flags));
         }
         all.push((mapping.start, mapping.end, entry.encode_to_vec()));
     }
@@ -345,7 +370,8 @@ mod tests {
     }
 
     fn ours(start: u64, end: u64) -> LeftOutMapping {
-        LeftOutMapping { start, end, offset: 0x3000, object: 77, prot: 3, flags: 1, madv: None }
+        let (madv, read_only) = (None, None);
+        LeftOutMapping { start, end, offset: 0x3000, object: 77, prot: 3, flags: 1, madv, read_only }
     }
 
     /// Images of process 1, and links to them.
@@ -369,8 +395,10 @@ mod tests {
     }
 
     fn left_out(mappings: Vec<LeftOutMapping>) -> LeftOut {
-        let objects = vec![SharedObject { id: 76, size: 0x1000 }, SharedObject { id: 77, size: 0x10_0000 }];
-        LeftOut { objects, processes: vec![LeftOutProcess { pid: 1, mappings }] }
+        let object = |id, size| SharedObject { id, size, memfd: None };
+        let objects = vec![object(76, 0x1000), object(77, 0x10_0000)];
+        let processes = vec![LeftOutProcess { pid: 1, mappings, descriptors: Vec::new() }];
+        LeftOut { objects, processes, files: Vec::new() }
     }
 
     #[test]

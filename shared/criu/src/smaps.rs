@@ -113,6 +113,7 @@ fn with_flags(mut mapping: LeftOutMapping, flags: &str) -> LeftOutMapping {
     mapping.flags |= FLAGS.iter().filter(|(name, _)| told(name)).fold(0, |all, (_, flag)| all | flag);
     let advice = ADVICE.iter().filter(|(name, _)| told(name)).fold(0, |all, (_, number)| all | 1 << number);
     mapping.madv = (advice != 0).then_some(advice);
+    mapping.read_only = (!mapping.is_private() && !told(&"mw")).then_some(true);
     mapping
 }
 
@@ -141,6 +142,7 @@ fn mapping(line: &str, range: Range<u64>) -> Option<LeftOutMapping> {
         prot: allowed.iter().filter(|(is_allowed, _)| *is_allowed).fold(0, |all, (_, bit)| all | bit),
         flags,
         madv: None,
+        read_only: None,
     })
 }
 
@@ -156,7 +158,7 @@ VmFlags: rd wr sh mr mw me ms nr dd sd
 Size:                  8 kB
 VmFlags: rd wr mr mw me ac sd 
 7f0000008000-7f0000009000 r--s 00000000 00:01 77                         /dev/zero (deleted)
-VmFlags: rd sh mr mw me ms sd 
+VmFlags: rd mr me ms sd 
 ";
 
     const VSYSCALL: &str =
@@ -175,6 +177,7 @@ VmFlags: rd sh mr mw me ms sd
             prot: READ | WRITE,
             flags: MAP_SHARED | 0x4000,
             madv: Some(1 << 16),
+            read_only: None,
         };
         let second = LeftOutMapping {
             start: 0x7f00_0000_8000,
@@ -184,6 +187,7 @@ VmFlags: rd sh mr mw me ms sd
             prot: READ,
             flags: MAP_SHARED,
             madv: None,
+            read_only: Some(true),
         };
         assert_eq!(found, [first, second]);
     }

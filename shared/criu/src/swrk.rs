@@ -24,6 +24,10 @@ const MAX_ANSWER: usize = 64 << 10;
 /// How long a worker that has been told to end may take before its exit is no longer waited for.
 const LINGER: Duration = Duration::from_secs(20);
 
+/// Has CRIU not come into processes by a descriptor that it makes there, which it would look for in `/proc/<pid>/fd`, but
+/// by a mapping: `FI_NO_MEMFD` of `criu/include/fault-injection.h`, with which its own tests do the same.
+const WITHOUT_DESCRIPTORS: (&str, &str) = ("CRIU_FAULT", "129");
+
 /// The conversation with CRIU failed.
 #[derive(Debug, thiserror::Error)]
 pub enum RpcError {
@@ -113,6 +117,8 @@ pub(crate) struct WorkerView {
     pub(crate) binds: Vec<(PathBuf, PathBuf)>,
     /// What covers the worker's own `/proc/self/pagemap`.
     pub(crate) over_own_pagemap: Option<PathBuf>,
+    /// Some of them cover the descriptors of processes.
+    pub(crate) hides_descriptors: bool,
 }
 
 /// A running worker. Dropping it closes the connection, which every stage of CRIU takes for a failure and undoes what
@@ -145,6 +151,10 @@ impl Worker {
         cmd.arg("swrk").arg(number.to_string());
         cmd.stdin(Stdio::null()).stdout(Stdio::null());
         cmd.stderr(stderr.map_or_else(Stdio::null, Stdio::from));
+        if view.is_some_and(|view| view.hides_descriptors) {
+            let (name, value) = WITHOUT_DESCRIPTORS;
+            cmd.env(name, value);
+        }
         if let Some(network) = network {
             network.enter_on_start(&mut cmd);
         }

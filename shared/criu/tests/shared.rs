@@ -55,13 +55,13 @@ fn take(container: &Container) -> Carried {
                 let mut copy: File = memfd_create("/dev/zero", MemfdFlags::CLOEXEC).unwrap().into();
                 let size = std::io::copy(&mut object, &mut copy).unwrap();
                 assert_eq!(object.metadata().unwrap().ino(), mapping.object);
-                carried.left_out.objects.push(SharedObject { id: mapping.object, size });
+                carried.left_out.objects.push(SharedObject { id: mapping.object, size, memfd: None });
                 carried.memory.push(copy);
             }
         }
         let vpid = container::vpid(pid);
         carried.private.insert(vpid, Stored::read(pid, &private));
-        carried.left_out.processes.push(LeftOutProcess { pid: vpid, mappings });
+        carried.left_out.processes.push(LeftOutProcess { pid: vpid, mappings, descriptors: Vec::new() });
     }
     carried.left_out.write(&container.images()).unwrap();
     let held = Dump::start(&criu, &container.request(), Some(mask)).unwrap();
@@ -123,8 +123,9 @@ fn what_criu_has_dumped_too_is_refused() {
     for pid in container.pids().into_iter().skip(1) {
         let mappings = mask.cover_shared(pid, &[], &shared(pid), &[]).unwrap();
         let ids = mappings.iter().map(|mapping| mapping.object);
-        left_out.objects.extend(ids.map(|id| SharedObject { id, size: 1 << 20 }));
-        left_out.processes.push(LeftOutProcess { pid: container::vpid(pid), mappings });
+        left_out.objects.extend(ids.map(|id| SharedObject { id, size: 1 << 20, memfd: None }));
+        let (pid, descriptors) = (container::vpid(pid), Vec::new());
+        left_out.processes.push(LeftOutProcess { pid, mappings, descriptors });
     }
     let held = Dump::start(&criu, &container.request(), Some(mask)).unwrap();
     let assembly = Assembly::begin(&container.images(), &container.complete()).unwrap();

@@ -3,13 +3,15 @@
 //! The connection that carries them adds lengths and checksums. All numbers are little-endian.
 //!
 //! ```text
-//! batch      magic "HPB4", codec u8, 0 u8 x3, vpid u32, round u32, generation u64, runs u32, data length u32,
-//!            data, then one u64 for each run
-//! manifest   magic "HPM2", 0 u32, vpid u32, last u32, generation u64, runs u32, 0 u32, then one u64 for each run
+//! batch      magic "HPB4", codec u8, 0 u8 x3, vpid u32, round u32, generation u64, runs u24, label length u8, data
+//!            length u32, data, then one u64 for each run, then label
+//! manifest   magic "HPM3", 0 u32, vpid u32, last u32, generation u64, runs u24, label length u8, 0 u32, then one u64 for
+//!            each run, then label
 //! run        bits 0-35 first page, bits 36-55 number of pages, bits 56-63 which parts of each page the data has
 //! ```
-//! Bit 56 stands for the first part of a page. With no part of them in the data, pages are zeros; so a run of zero
-//! pages costs 8 bytes whatever its length. With some, the target has the others already. In a manifest no part is set.
+//! Bit 56 stands for the first part of a page. With no part of them in the data, pages are zeros; so a run of zero pages
+//! costs 8 bytes whatever its length. With some, the target has the others already. In a manifest no part is set. The
+//! label is the name of shared memory, which it gets when it is made; a process has none.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -17,6 +19,7 @@ use std::ops::Range;
 use haulage_sys::PAGE_BYTES;
 
 use crate::codec::{Codec, CodecError};
+use crate::object::Label;
 use crate::process::{Generation, Vpid};
 use crate::range::{PageNo, PageRange};
 
@@ -26,20 +29,23 @@ pub const MAX_DATA_PAGES: usize = 64;
 /// Runs in one batch or one part of a manifest, at most.
 pub const MAX_RUNS: usize = 64 * 1024;
 /// Bytes of an encoded batch or manifest part, at most. What is longer is refused before it is looked at.
-pub const MAX_FRAME: usize = HEADER + MAX_DATA_PAGES * PAGE_BYTES + MAX_RUNS * RUN;
+pub const MAX_FRAME: usize = HEADER + MAX_DATA_PAGES * PAGE_BYTES + MAX_RUNS * RUN + u8::MAX as usize;
 
 pub(crate) const HEADER: usize = 32;
 pub(crate) const RUN: usize = 8;
 const BATCH_MAGIC: [u8; 4] = *b"HPB4";
-const MANIFEST_MAGIC: [u8; 4] = *b"HPM2";
+const MANIFEST_MAGIC: [u8; 4] = *b"HPM3";
 
 pub(crate) const PAGE_BITS: u32 = 36;
 const COUNT_BITS: u32 = 20;
+/// In the word that says how many runs there are, and in its last byte how long the label is.
+const RUNS_BITS: u32 = 24;
 /// Pages in one run on the wire, at most; longer runs are split.
 pub const MAX_RUN_PAGES: u64 = (1 << COUNT_BITS) - 1;
 
 const _: () = assert!(PageNo::END.0 <= 1 << PAGE_BITS);
 const _: () = assert!(PAGE_BITS + COUNT_BITS + u8::BITS == u64::BITS);
+const _: () = assert!(MAX_RUNS < 1 << RUNS_BITS);
 
 /// Parts of a page, which go one without the other.
 pub const PARTS: usize = 4;
@@ -144,6 +150,8 @@ pub struct Batch<'a> {
     pub vpid: Vpid,
     /// Which process of that id.
     pub generation: Generation,
+    /// What it is called, if it is shared memory.
+    pub label: Label,
     /// The round they were read in. A page of a later round replaces one of an earlier, never the other way round.
     pub round: u32,
     /// Which pages, ascending.
@@ -165,14 +173,15 @@ impl<'a> Batch<'a> {
             return Err(FrameError::Reserved);
         }
         let codec = Codec::from_id(codec)?;
-        let (data, runs) = header.body(bytes)?;
+        let Body { data, runs, label } = header.body(bytes)?;
         let runs = decode_runs(runs)?;
         let with_data: u64 = runs.iter().filter(|run| !run.is_zero()).map(|run| run.range.count()).sum();
         if with_data > MAX_DATA_PAGES as u64 {
             return Err(FrameError::TooMany);
         }
         let data = codec.unpack(data, runs.iter().map(Run::bytes).sum())?;
-        Ok(Self { vpid: header.vpid, generation: header.generation, round: header.third, runs, data })
+        let Header { vpid, generation, third: round, .. } = header;
+        Ok(Self { vpid, generation, label, round, runs, data })
     }
 
     /// The runs with the bytes of their pages' parts, page by page; zero runs have none.
@@ -191,6 +200,7 @@ impl<'a> Batch<'a> {
 pub(crate) struct BatchHead<'a> {
     pub(crate) vpid: Vpid,
     pub(crate) generation: Generation,
+    pub(crate) label: &'a Label,
     pub(crate) round: u32,
     /// Ascending, at most [`MAX_RUNS`] after splitting, and exactly those of the data.
     pub(crate) runs: &'a [Run],
@@ -202,8 +212,9 @@ impl BatchHead<'_> {
         let data = bytes.len().saturating_sub(HEADER);
         let runs = append_runs(bytes, self.runs.iter().copied());
         let first = u32::from(codec.id());
-        let Self { vpid, generation, round: third, .. } = self;
-        Header { first, vpid, third, generation, runs, data: data as u32 }.write(bytes, BATCH_MAGIC);
+        let Self { vpid, generation, round: third, label, .. } = self;
+        let header = Header { first, vpid, third, generation, runs, data: data as u32, label: 0 };
+        header.complete(label, bytes, BATCH_MAGIC);
     }
 }
 
@@ -212,6 +223,7 @@ impl BatchHead<'_> {
 pub(crate) struct ManifestPart {
     pub(crate) vpid: Vpid,
     pub(crate) generation: Generation,
+    pub(crate) label: Label,
     /// No further part of this process follows.
     pub(crate) last: bool,
     pub(crate) ranges: Vec<PageRange>,
@@ -223,13 +235,14 @@ impl ManifestPart {
         if header.first != 0 || header.data != 0 || header.third > 1 {
             return Err(FrameError::Reserved);
         }
-        let (_, runs) = header.body(bytes)?;
+        let Body { runs, label, .. } = header.body(bytes)?;
         let runs = decode_runs(runs)?;
         if !runs.iter().all(Run::is_zero) {
             return Err(FrameError::Reserved);
         }
         let ranges = runs.into_iter().map(|run| run.range).collect();
-        Ok(Self { vpid: header.vpid, generation: header.generation, last: header.third == 1, ranges })
+        let Header { vpid, generation, third, .. } = header;
+        Ok(Self { vpid, generation, label, last: third == 1, ranges })
     }
 
     /// `ranges` are ascending, at most [`MAX_RUNS`], none longer than [`MAX_RUN_PAGES`].
@@ -238,8 +251,9 @@ impl ManifestPart {
         let runs = self.ranges.iter().map(|range| Run { range: *range, parts: Parts::NONE });
         let runs = append_runs(&mut bytes, runs);
         let third = u32::from(self.last);
-        let header = Header { first: 0, vpid: self.vpid, third, generation: self.generation, runs, data: 0 };
-        header.write(&mut bytes, MANIFEST_MAGIC);
+        let (vpid, generation) = (self.vpid, self.generation);
+        let header = Header { first: 0, vpid, third, generation, runs, data: 0, label: 0 };
+        header.complete(&self.label, &mut bytes, MANIFEST_MAGIC);
         bytes
     }
 }
@@ -263,6 +277,15 @@ pub(crate) struct Header {
     pub(crate) generation: Generation,
     pub(crate) runs: u32,
     pub(crate) data: u32,
+    /// Bytes of the label.
+    pub(crate) label: u8,
+}
+
+/// What follows a header.
+pub(crate) struct Body<'a> {
+    pub(crate) data: &'a [u8],
+    pub(crate) runs: &'a [u8],
+    pub(crate) label: Label,
 }
 
 impl Header {
@@ -278,37 +301,55 @@ impl Header {
             return Err(FrameError::Magic);
         }
         let number = u32::from_le_bytes;
-        Ok(Self {
+        let [.., label] = runs;
+        let header = Self {
             first: number(first),
             vpid: Vpid(number(vpid)),
             third: number(third),
             generation: Generation(u64::from(number(low)) | u64::from(number(high)) << 32),
-            runs: number(runs),
+            runs: number(runs) & ((1 << RUNS_BITS) - 1),
             data: number(data),
-        })
+            label,
+        };
+        match header.label > 0 && !header.vpid.is_object() {
+            true => Err(FrameError::Reserved),
+            false => Ok(header),
+        }
     }
 
-    /// Data and runs, when the frame has exactly the bytes that the header says.
-    pub(crate) fn body<'a>(&self, bytes: &'a [u8]) -> Result<(&'a [u8], &'a [u8]), FrameError> {
+    /// What follows, when the frame has exactly the bytes that the header says.
+    pub(crate) fn body<'a>(&self, bytes: &'a [u8]) -> Result<Body<'a>, FrameError> {
         if self.runs as usize > MAX_RUNS {
             return Err(FrameError::TooMany);
         }
-        let expected = HEADER + self.data as usize + self.runs as usize * RUN;
+        let runs = self.runs as usize * RUN;
+        let expected = HEADER + self.data as usize + runs + usize::from(self.label);
+        let wrong = FrameError::Length { expected, found: bytes.len() };
         if bytes.len() != expected {
-            return Err(FrameError::Length { expected, found: bytes.len() });
+            return Err(wrong);
         }
         let body = bytes.get(HEADER..).unwrap_or_default();
-        body.split_at_checked(self.data as usize).ok_or(FrameError::Length { expected, found: bytes.len() })
+        let (data, rest) = body.split_at_checked(self.data as usize).ok_or(wrong)?;
+        let (runs, label) = rest.split_at_checked(runs).ok_or(wrong)?;
+        Ok(Body { data, runs, label: Label::new(label) })
     }
 
-    pub(crate) fn write(&self, bytes: &mut [u8], magic: [u8; 4]) {
+    /// Appends the label to `bytes`, which all else is in, and fills in the header before it.
+    pub(crate) fn complete(mut self, label: &Label, bytes: &mut Vec<u8>, magic: [u8; 4]) {
+        bytes.extend_from_slice(label.as_bytes());
+        self.label = label.length();
+        self.write(bytes, magic);
+    }
+
+    fn write(&self, bytes: &mut [u8], magic: [u8; 4]) {
+        let runs = self.runs | u32::from(self.label) << RUNS_BITS;
         let fields = [
             &magic[..],
             &self.first.to_le_bytes(),
             &self.vpid.0.to_le_bytes(),
             &self.third.to_le_bytes(),
             &self.generation.0.to_le_bytes(),
-            &self.runs.to_le_bytes(),
+            &runs.to_le_bytes(),
             &self.data.to_le_bytes(),
         ];
         for (to, from) in bytes.iter_mut().zip(fields.concat()) {
@@ -370,12 +411,17 @@ mod tests {
         })
     }
 
+    fn label() -> Label {
+        Label::new(b"heap\xff")
+    }
+
     fn encoded(runs: &[Run]) -> (Vec<u8>, Vec<u8>) {
         let parts: usize = runs.iter().map(|run| run.range.count() as usize * run.parts.count()).sum();
         let data: Vec<u8> = (0..parts * PART_BYTES).map(|index| (index / 7) as u8).collect();
         let mut bytes = vec![0; HEADER];
         bytes.extend(&data);
-        let head = BatchHead { vpid: Vpid(7), generation: Generation(1 << 40), round: 3, runs };
+        let (vpid, generation, label) = (Vpid::of_object(7), Generation(1 << 40), &label());
+        let head = BatchHead { vpid, generation, label, round: 3, runs };
         head.complete(Codec::Raw, &mut bytes);
         (bytes, data)
     }
@@ -385,7 +431,8 @@ mod tests {
         fn a_batch_comes_back_as_it_was(runs in any_runs()) {
             let (bytes, data) = encoded(&runs);
             let batch = Batch::decode(&bytes).unwrap();
-            prop_assert_eq!((batch.vpid, batch.generation, batch.round), (Vpid(7), Generation(1 << 40), 3));
+            prop_assert_eq!((batch.vpid, batch.generation, batch.round), (Vpid::of_object(7), Generation(1 << 40), 3));
+            prop_assert_eq!(&batch.label, &label());
             prop_assert_eq!(&batch.runs, &runs);
             prop_assert_eq!(&*batch.data, &data);
             let joined: Vec<u8> = batch.pieces().flat_map(|(_, bytes)| bytes.to_vec()).collect();
@@ -428,7 +475,8 @@ mod tests {
         #[test]
         fn a_manifest_part_comes_back_as_it_was(runs in any_runs(), last in any::<bool>()) {
             let ranges = runs.iter().map(|run| run.range).collect();
-            let part = ManifestPart { vpid: Vpid(1), generation: Generation(2), last, ranges };
+            let vpid = Vpid::of_object(1);
+            let part = ManifestPart { vpid, generation: Generation(2), label: label(), last, ranges };
             let bytes = part.encode();
             prop_assert_eq!(ManifestPart::decode(&bytes).unwrap(), part);
             prop_assert!(ManifestPart::decode(&bytes[..bytes.len() - 1]).is_err());
@@ -440,7 +488,7 @@ mod tests {
     fn a_zero_run_costs_its_header_only_and_long_ones_are_split() {
         let range = PageRange::with_count(PageNo(1), 3 * MAX_RUN_PAGES).unwrap();
         let (bytes, _) = encoded(&[Run { range, parts: Parts::NONE }]);
-        assert_eq!(bytes.len(), HEADER + 3 * RUN);
+        assert_eq!(bytes.len(), HEADER + 3 * RUN + label().as_bytes().len());
         assert_eq!(Batch::decode(&bytes).unwrap().runs.len(), 3);
     }
 
@@ -454,6 +502,9 @@ mod tests {
         assert_eq!(Batch::decode(&bytes), Err(FrameError::TooMany));
         let (bytes, _) = encoded(&[run(10, 2), run(11, 2)]);
         assert_eq!(Batch::decode(&bytes), Err(FrameError::Run { index: 1 }));
+        let (mut bytes, _) = encoded(&[run(10, 2)]);
+        bytes[11] = 0;
+        assert_eq!(Batch::decode(&bytes), Err(FrameError::Reserved), "a process with a label");
         let (mut bytes, _) = encoded(&[run(10, 2)]);
         bytes[4] = 9;
         assert_eq!(Batch::decode(&bytes), Err(FrameError::Codec(CodecError::Unknown(9))));

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::ops::{ControlFlow, Range};
-use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use haulage_sys::vm_read::VmReader;
@@ -10,6 +9,7 @@ use haulage_sys::{CallError, Errno, PAGE_BYTES, PAGE_SIZE};
 
 use crate::codec::Codec;
 use crate::frame::{BatchHead, HEADER, MAX_DATA_PAGES, Parts, RUN, Run};
+use crate::object::{self, Label};
 use crate::process::{Generation, Process, Vpid};
 use crate::range::{PageNo, PageRange, RangeSet};
 
@@ -20,6 +20,8 @@ const ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 pub struct PageBatch {
     pub(crate) vpid: Vpid,
     pub(crate) generation: Generation,
+    /// Of shared memory.
+    pub(crate) label: Label,
     pub(crate) round: u32,
     /// Ascending.
     pub(crate) runs: Vec<Run>,
@@ -70,8 +72,8 @@ impl PageBatch {
     }
 
     fn head(&self) -> BatchHead<'_> {
-        let Self { vpid, generation, round, ref runs, .. } = *self;
-        BatchHead { vpid, generation, round, runs }
+        let Self { vpid, generation, ref label, round, ref runs, .. } = *self;
+        BatchHead { vpid, generation, label, round, runs }
     }
 
     fn count(&self, which: impl Fn(&Run) -> bool) -> u64 {
@@ -110,7 +112,7 @@ enum Reader<'a> {
 /// Pages that cannot be read are listed as gone, all that remain when the process ends.
 pub(crate) fn gather(
     process: Process,
-    object: Option<&File>,
+    object: Option<(&File, &Label)>,
     round: u32,
     wanted: &RangeSet,
     sink: Sink<'_>,
@@ -119,8 +121,9 @@ pub(crate) fn gather(
     if wanted.is_empty() {
         return Ok(result);
     }
+    let label = object.map(|(_, label)| label.clone()).unwrap_or_default();
     let reader = match object {
-        Some(object) => Reader::Object(object),
+        Some((object, _)) => Reader::Object(object),
         None => match VmReader::open(process.pid) {
             Ok(reader) => Reader::Process(reader),
             Err(error) if error.is_gone() => return Ok(Gathered { gone: wanted.clone(), ..result }),
@@ -150,7 +153,7 @@ pub(crate) fn gather(
         }
         let runs = squeeze_zeros(&got, &mut buffer);
         let Process { vpid, generation, .. } = process;
-        let batch = PageBatch { vpid, generation, round, runs, buffer };
+        let batch = PageBatch { vpid, generation, label: label.clone(), round, runs, buffer };
         result.data_pages += batch.data_pages();
         result.zero_pages += batch.zero_pages();
         result.bytes += batch.data().len() as u64;
@@ -214,12 +217,11 @@ fn read_object(object: &File, group: &[PageRange], bytes: &mut Vec<u8>) -> Resul
         let before = bytes.len();
         bytes.resize(before + range.count() as usize * PAGE_BYTES, 0);
         let here = bytes.get_mut(before..).unwrap_or_default();
-        match object.read_exact_at(here, range.start().address()) {
-            Ok(()) => got.insert(*range),
-            // It was cut off there.
-            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => bytes.truncate(before),
-            Err(error) => return Err(CallError::from_io("read of shared memory", &error)),
-        }
+        let read = object::read_pages(object, range.start(), here);
+        let pages = read.map_err(|error| CallError::from_io("read of shared memory", &error))?;
+        // It may have been cut off there.
+        bytes.truncate(before + pages as usize * PAGE_BYTES);
+        PageRange::with_count(range.start(), pages).into_iter().for_each(|range| got.insert(range));
     }
     Ok(got)
 }
@@ -289,7 +291,7 @@ pub(crate) mod tests {
         pages.iter().for_each(|page| buffer.extend(page));
         let all = RangeSet::from_iter(PageRange::with_count(first, pages.len() as u64));
         let runs = squeeze_zeros(&all, &mut buffer);
-        PageBatch { vpid, generation: Generation(9), round, runs, buffer }
+        PageBatch { vpid, generation: Generation(9), label: Label::default(), round, runs, buffer }
     }
 
     #[test]

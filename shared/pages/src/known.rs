@@ -29,6 +29,7 @@ use xxhash_rust::xxh64::xxh64;
 use crate::frame::{HEADER, PAGE_BITS, PART_BYTES, PARTS, Parts};
 use crate::gather::{PageBatch, append};
 use crate::named::{MAX_NAMED_RUN, Named, NamedRun, Owner};
+use crate::object::Label;
 use crate::range::{PageNo, PageRange};
 
 const LEAF_PAGES: u64 = 64;
@@ -59,7 +60,7 @@ pub struct Sifted {
 pub struct Known {
     seed: u64,
     owners: HashMap<Owner, u32>,
-    by_number: Vec<Owner>,
+    by_number: Vec<(Owner, Label)>,
     leaves: HashMap<(u32, u64), Leaf>,
     most_leaves: usize,
     /// In sets of [`WAYS`], by the account: owner's number (28 bits), page (36 bits), plus one; zero for none. May
@@ -151,10 +152,10 @@ impl Known {
         let mut frames = Vec::new();
         for same in all.chunk_by(|a, b| (a.0, a.1) == (b.0, b.1)) {
             let Some((of, like, _)) = same.first() else { continue };
-            let owner = |number: u32| self.by_number.get(number as usize).copied();
-            let (Some(of), Some(like)) = (owner(*of), owner(*like)) else { continue };
+            let owner = |number: u32| self.by_number.get(number as usize);
+            let (Some((of, label)), Some((like, _))) = (owner(*of), owner(*like)) else { continue };
             let runs: Vec<NamedRun> = same.iter().map(|(_, _, run)| *run).collect();
-            frames.extend(Named::encode(of, like, round, &runs));
+            frames.extend(Named::encode(*of, label, *like, round, &runs));
         }
         frames
     }
@@ -168,7 +169,7 @@ impl Known {
         let next = self.by_number.len() as u32;
         let number = *self.owners.entry(owner).or_insert(next);
         if number == next {
-            self.by_number.push(owner);
+            self.by_number.push((owner, batch.label.clone()));
         }
         self.seen.insert(number);
         number

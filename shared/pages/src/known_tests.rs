@@ -86,6 +86,7 @@ proptest! {
             let one = PageRange::with_count(PageNo(1000 + at), 1).unwrap();
             let entry = manifest.processes.entry(Vpid(*vpid)).or_insert(ManifestProcess {
                 generation: Generation(9),
+                label: Label::default(),
                 pages: RangeSet::new(),
             });
             entry.pages.insert(one);

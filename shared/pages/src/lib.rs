@@ -4,7 +4,7 @@
 //! ```text
 //!  source host                                                        target host
 //!  process, maps ─► track (write_protect | soft_dirty | none)
-//!         object ─► shared │ dirty, forgotten
+//!  object, contents ─► shared │ dirty, forgotten
 //!                      ▼
 //!                    ledger ◄─ policy, adaptive, history
 //!                      │ pages to send
@@ -28,6 +28,7 @@ mod births;
 pub mod choice;
 mod chunk;
 pub mod codec;
+mod contents;
 mod direct_io;
 pub mod encode;
 mod entries;

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::frame::{FrameError, MAX_RUNS, ManifestPart, split_runs};
+use crate::object::Label;
 use crate::process::{Generation, Vpid};
 use crate::range::RangeSet;
 
@@ -16,6 +17,8 @@ const MAX_TOTAL_RUNS: usize = 1 << 24;
 pub struct ManifestProcess {
     /// Which process of that id.
     pub generation: Generation,
+    /// What it is called, if it is shared memory.
+    pub label: Label,
     /// Its pages.
     pub pages: RangeSet,
 }
@@ -44,8 +47,8 @@ impl FinalManifest {
                 }
                 let part: Vec<_> = ranges.by_ref().take(MAX_RUNS).collect();
                 done = ranges.peek().is_none();
-                let generation = process.generation;
-                Some(ManifestPart { vpid: *vpid, generation, last: done, ranges: part }.encode())
+                let (generation, label) = (process.generation, process.label.clone());
+                Some(ManifestPart { vpid: *vpid, generation, label, last: done, ranges: part }.encode())
             })
         })
     }
@@ -92,7 +95,8 @@ impl ManifestBuilder {
         let process = match (known, self.open.contains(&vpid)) {
             (Some(process), true) if process.generation == part.generation => process,
             (None, _) => {
-                let fresh = ManifestProcess { generation: part.generation, pages: RangeSet::new() };
+                let (generation, label) = (part.generation, part.label);
+                let fresh = ManifestProcess { generation, label, pages: RangeSet::new() };
                 self.manifest.processes.entry(vpid).or_insert(fresh)
             }
             _ => return Err(ManifestError::Contradiction(vpid)),
@@ -131,7 +135,7 @@ mod tests {
 
     fn manifest(runs: u64) -> FinalManifest {
         let pages = (0..runs).filter_map(|run| PageRange::with_count(PageNo(1 + 2 * run), 1)).collect();
-        let process = |pages| ManifestProcess { generation: Generation(9), pages };
+        let process = |pages| ManifestProcess { generation: Generation(9), label: Label::default(), pages };
         let processes = [(Vpid(1), process(pages)), (Vpid(30), process(RangeSet::new()))];
         FinalManifest { processes: processes.into() }
     }

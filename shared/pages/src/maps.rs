@@ -18,9 +18,9 @@ use crate::range::{PageRange, RangeSet};
 pub enum Class {
     /// Private anonymous memory: we do.
     Tracked,
-    /// Shared anonymous memory: we do, object by object, unless CRIU sees something of the object elsewhere.
+    /// Shared anonymous memory and memfds: we do, object by object, unless there is more to an object than we can carry.
     Shared,
-    /// The stack, files, memfds, System V shared memory, what the kernel maps: CRIU does.
+    /// The stack, files, System V shared memory, what the kernel maps: CRIU does.
     Criu,
 }
 
@@ -31,7 +31,10 @@ const ROOM_FOR_A_STACK: u64 = 64 << 20;
 
 /// The kernel's name of shared memory that was mapped without a file.
 pub(crate) const ANONYMOUS: &str = "/dev/zero (deleted)";
-/// The same after a restore, by CRIU or by us: a memfd of that name, and no descriptor of it.
+/// What the kernel puts before the name of a memfd.
+pub(crate) const MEMFD: &str = "/memfd:";
+/// Shared memory that was mapped without a file, after a restore by CRIU or by us: a memfd of that name, and no descriptor of
+/// it.
 pub(crate) const RESTORED: &str = "/memfd:/dev/zero (deleted)";
 
 /// The span of `group`, no less than the group itself.
@@ -63,15 +66,15 @@ pub struct Region {
 
 impl Region {
     /// Who carries it: private mappings of no file that are unnamed, the heap, or named by the program itself
-    /// (`[anon:…]`), below the end of ordinary user memory, are tracked. So are shared ones of memory that has never had
-    /// a name, as the kernel calls it and as a restore does.
+    /// (`[anon:…]`), below the end of ordinary user memory, are tracked. So are shared ones of memory that is no file's: of
+    /// none that has a path, at least, and what a memfd of huge pages is only its device tells.
     pub fn class(&self) -> Class {
         let ours = self.name.is_empty() || self.name == "[heap]" || self.name.starts_with("[anon:");
-        let nameless = [ANONYMOUS, RESTORED].contains(&self.name.as_str()) || self.is_shared_by_label();
+        let pathless = self.name == ANONYMOUS || self.name.starts_with(MEMFD) || self.is_shared_by_label();
         match self.shared {
             _ if self.end > ADDRESS_END => Class::Criu,
             false if self.inode == 0 && ours => Class::Tracked,
-            true if self.inode != 0 && nameless => Class::Shared,
+            true if self.inode != 0 && pathless => Class::Shared,
             _ => Class::Criu,
         }
     }
@@ -232,6 +235,8 @@ mod tests {
 7ffff6100000-7ffff6101000 r--s 00001000 08:01 98                         /var/lib/db/read
 7ffff7000000-7ffff7001000 rw-p 00000000 00:00 0                          [anon:jemalloc]
 7ffff7100000-7ffff7101000 rw-s 00000000 00:01 5                          [anon_shmem:x]
+7ffff7200000-7ffff7201000 rw-s 00000000 00:01 6                          /memfd:x (deleted)
+7ffff7300000-7ffff7301000 rw-p 00000000 00:01 6                          /memfd:x (deleted)
 7ffff7fbd000-7ffff7fc1000 r--p 00000000 00:00 0                          [vvar]
 7ffff7fc1000-7ffff7fc3000 r-xp 00000000 00:00 0                          [vdso]
 7ffffffde000-7ffffffff000 rw-p 00000000 00:00 0                          [stack]
@@ -244,9 +249,9 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
         let tracked: Vec<_> = maps.tracked().map(|range| range.start().address()).collect();
         assert_eq!(tracked, [0x5555_5556_0000, 0x7fff_f000_0000, 0x7fff_f002_1000, 0x7fff_f700_0000]);
         let shared: Vec<_> = maps.regions().iter().filter(|region| region.class() == Class::Shared).collect();
-        assert_eq!(shared.iter().map(|region| region.inode).collect::<Vec<_>>(), [77, 5]);
+        assert_eq!(shared.iter().map(|region| region.inode).collect::<Vec<_>>(), [77, 5, 6]);
         assert_eq!((shared[0].device, maps.regions()[5].offset), ((0, 1), 0x1000));
-        assert_eq!(maps.regions().len(), 13);
+        assert_eq!(maps.regions().len(), 15);
         assert_eq!(maps.regions()[0].name, "/usr/bin/some thing");
     }
 

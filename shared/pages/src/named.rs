@@ -1,18 +1,19 @@
 //! Pages as names of other pages, as bytes.
 //!
 //! ```text
-//! named      magic "HPN1", 0 u32, vpid u32, round u32, generation u64, words u32, 16 u32,
-//!            vpid of the others u32, 0 u32, their generation u64, then two u64 for each run
+//! named      magic "HPN2", 0 u32, vpid u32, round u32, generation u64, words u24, label length u8, 16 u32,
+//!            vpid of the others u32, 0 u32, their generation u64, then two u64 for each run, then label
 //! run        bits 0-35 first page, bits 36-62 number of pages, 1 to 256; then the first of the pages that they equal
 //! ```
 //! The target copies what it has of the others when it has stored all batches of the round, run by run in the order in
 //! which they come: a run may name pages that a run before it has filled, but none of its own.
 
-use crate::frame::{FrameError, HEADER, Header, MAX_RUNS, PAGE_BITS, RUN};
+use crate::frame::{Body, FrameError, HEADER, Header, MAX_RUNS, PAGE_BITS, RUN};
+use crate::object::Label;
 use crate::process::{Generation, Vpid};
 use crate::range::{PageNo, PageRange};
 
-const MAGIC: [u8; 4] = *b"HPN1";
+const MAGIC: [u8; 4] = *b"HPN2";
 const OTHERS: usize = 16;
 /// Pages in one run, at most.
 pub(crate) const MAX_NAMED_RUN: u64 = 256;
@@ -36,6 +37,8 @@ pub(crate) struct NamedRun {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Named {
     pub(crate) of: Owner,
+    /// What the first is called, if it is shared memory.
+    pub(crate) label: Label,
     pub(crate) like: Owner,
     pub(crate) round: u32,
     pub(crate) runs: Vec<NamedRun>,
@@ -43,7 +46,13 @@ pub(crate) struct Named {
 
 impl Named {
     /// In as many frames as it takes.
-    pub(crate) fn encode(of: Owner, like: Owner, round: u32, runs: &[NamedRun]) -> Vec<Vec<u8>> {
+    pub(crate) fn encode(
+        of: Owner,
+        label: &Label,
+        like: Owner,
+        round: u32,
+        runs: &[NamedRun],
+    ) -> Vec<Vec<u8>> {
         let frame = |runs: &[NamedRun]| {
             let mut bytes = vec![0; HEADER];
             bytes.extend(like.vpid.0.to_le_bytes());
@@ -55,9 +64,9 @@ impl Named {
             }
             let Owner { vpid, generation } = of;
             let words = 2 * runs.len() as u32;
-            let header =
-                Header { first: 0, vpid, third: round, generation, runs: words, data: OTHERS as u32 };
-            header.write(&mut bytes, MAGIC);
+            let (third, data) = (round, OTHERS as u32);
+            let header = Header { first: 0, vpid, third, generation, runs: words, data, label: 0 };
+            header.complete(label, &mut bytes, MAGIC);
             bytes
         };
         runs.chunks(MAX_RUNS / 2).map(frame).collect()
@@ -65,7 +74,7 @@ impl Named {
 
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, FrameError> {
         let header = Header::decode(bytes, MAGIC)?;
-        let (like, words) = header.body(bytes)?;
+        let Body { data: like, runs: words, label } = header.body(bytes)?;
         let wrong = FrameError::Length { expected: OTHERS, found: like.len() };
         let (&[vpid, reserved, low, high], []) = like.as_chunks::<4>() else { return Err(wrong) };
         if header.first != 0 || reserved != [0; 4] || header.runs % 2 != 0 {
@@ -88,7 +97,7 @@ impl Named {
             Ok(NamedRun { pages, like })
         };
         let runs: Result<Vec<NamedRun>, FrameError> = words.iter().enumerate().map(run).collect();
-        Ok(Self { of, like, round: header.third, runs: runs? })
+        Ok(Self { of, label, like, round: header.third, runs: runs? })
     }
 }
 
@@ -114,9 +123,11 @@ mod tests {
             at in any::<prop::sample::Index>(),
             value in any::<u8>(),
         ) {
-            let frames = Named::encode(OF, LIKE, 5, &runs);
+            let label = Label::new(b"some");
+            let of = Owner { vpid: Vpid::of_object(7), ..OF };
+            let frames = Named::encode(of, &label, LIKE, 5, &runs);
             prop_assert_eq!(frames.len(), 1);
-            let named = Named { of: OF, like: LIKE, round: 5, runs };
+            let named = Named { of, label, like: LIKE, round: 5, runs };
             prop_assert_eq!(&Named::decode(&frames[0]).unwrap(), &named);
             let mut bytes = frames[0].clone();
             prop_assert!(Named::decode(&bytes[..at.index(bytes.len())]).is_err());
@@ -132,7 +143,8 @@ mod tests {
     fn runs_that_are_too_long_or_out_of_memory_are_refused() {
         for (count, like) in [(MAX_NAMED_RUN + 1, 0), (2, PageNo::END.0 - 1)] {
             let pages = PageRange::with_count(PageNo(1), count).unwrap();
-            let frames = Named::encode(OF, LIKE, 1, &[NamedRun { pages, like: PageNo(like) }]);
+            let frames =
+                Named::encode(OF, &Label::default(), LIKE, 1, &[NamedRun { pages, like: PageNo(like) }]);
             assert_eq!(Named::decode(&frames[0]), Err(FrameError::Run { index: 0 }));
         }
     }

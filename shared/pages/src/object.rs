@@ -1,32 +1,91 @@
-//! Shared anonymous memory, as the objects that lie beneath the mappings of it.
+//! Shared anonymous memory and memfds, as the objects that lie beneath the mappings of them.
 //!
-//! An object is memory of the kernel's own tmpfs, known by its inode number. Processes come to have it mapped by `fork`
-//! and in no other way that needs no privilege; no descriptor of it exists. It is carried as if it were a process: its
+//! An object is memory of the kernel's own tmpfs, known by its inode number. It is carried as if it were a process: its
 //! pages are counted from its own beginning, its generation is its inode number, and it has an id that no process has
-//! ([`Vpid::is_object`]).
+//! ([`Vpid::is_object`]). Anonymous memory processes come to have mapped by `fork` and in no other way that needs no
+//! privilege; no descriptor of it exists. Of a memfd there are descriptors, by which it may be written to
+//! ([`crate::contents`]).
 //!
-//! CRIU must see nothing of an object that we carry. So one of which any mapping is of another kind (private, or of a
-//! memfd that has a name) is left to CRIU whole. What CRIU may see besides, such as a descriptor, shows in its images,
-//! and the join refuses it there.
+//! CRIU must see nothing of an object that we carry. So one of which any mapping is of another kind (private, say) is left
+//! to CRIU whole; so is a memfd that no process has mapped, or that is sealed against writing. What CRIU may see besides,
+//! such as a descriptor on its way through a socket, shows in its images, and the join refuses it there.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
-use haulage_sys::PAGE_SIZE;
-use rustix::fs::{MemfdFlags, SeekFrom, major, memfd_create, minor, seek};
+use haulage_sys::{PAGE_BYTES, PAGE_SIZE};
+use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, fcntl_get_seals, major, memfd_create, minor, seek};
 use rustix::io::Errno;
 
-use crate::maps::{ANONYMOUS, Class, Maps, RESTORED, Region};
+use crate::maps::{ANONYMOUS, Class, MEMFD, Maps, RESTORED, Region};
 use crate::process::{Generation, Process};
 use crate::range::{PageNo, PageRange, RangeSet};
 
-/// What an object of ours is called, and was called by CRIU; the kernel adds `/memfd:` and ` (deleted)`.
-pub(crate) const NAME: &str = "/dev/zero";
+/// What anonymous memory is called when we have restored it, or CRIU has.
+const NAME: &[u8] = b"/dev/zero";
+/// What the kernel puts behind the name of a memfd.
+const DELETED: &[u8] = b" (deleted)";
+/// Seals that keep nobody from filling a memfd and mapping it for writing.
+const HARMLESS: SealFlags =
+    SealFlags::SEAL.union(SealFlags::SHRINK).union(SealFlags::GROW).union(SealFlags::EXEC);
+
+/// What a memfd is called, without the kernel's `/memfd:` and ` (deleted)`; nothing, of a process.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Label(Arc<[u8]>);
+
+impl Label {
+    pub(crate) fn new(bytes: &[u8]) -> Self {
+        Self(bytes.into())
+    }
+
+    /// That of anonymous memory.
+    pub(crate) fn anonymous() -> Self {
+        Self::new(NAME)
+    }
+
+    /// Of what is mapped at a link under `map_files`, if it is an object at all.
+    fn of_link(target: &[u8]) -> Option<Self> {
+        if target == ANONYMOUS.as_bytes() {
+            return Some(Self::anonymous());
+        }
+        let name = target.strip_prefix(MEMFD.as_bytes())?.strip_suffix(DELETED)?;
+        u8::try_from(name.len()).ok().map(|_| Self::new(name))
+    }
+
+    /// The bytes of the name.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// Its length; that of one that is too long is the longest, which no memfd has.
+    pub(crate) fn length(&self) -> u8 {
+        self.0.len().try_into().unwrap_or(u8::MAX)
+    }
+
+    /// Whether it is that of anonymous memory, of which there are no descriptors.
+    pub(crate) fn is_anonymous(&self) -> bool {
+        self.as_bytes() == NAME
+    }
+}
+
+/// What a memfd is besides its content.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Memfd {
+    /// Its name.
+    pub label: Label,
+    /// `st_mode` of `stat(2)`.
+    pub mode: u32,
+    /// User and group id that own it.
+    pub owner: (u32, u32),
+    /// `F_SEAL_…` bits.
+    pub seals: u32,
+}
 
 /// An object: its inode number. No other of this host has it as long as one mapping of it exists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -81,12 +140,15 @@ impl ObjectMapping {
     }
 
     fn link(&self) -> String {
-        link_of(self.process, self.pages.addresses().start, self.pages.addresses().end)
+        let addresses = self.pages.addresses();
+        format!("/proc/{}/map_files/{:x}-{:x}", self.process.pid, addresses.start, addresses.end)
     }
-}
 
-fn link_of(process: Process, start: u64, end: u64) -> String {
-    format!("/proc/{}/map_files/{start:x}-{end:x}", process.pid)
+    /// The name of what is mapped.
+    pub(crate) fn label(&self) -> io::Result<Label> {
+        let target = fs::read_link(self.link())?;
+        Label::of_link(target.as_os_str().as_bytes()).ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
 }
 
 /// Where an object of a store can be had: a descriptor of the process that took it in.
@@ -123,17 +185,21 @@ impl Place {
     }
 }
 
-/// Every object of which all mappings in `maps` are ours to carry, with these mappings. `maps` are those of all processes
-/// of a container.
+/// Every object that is ours to carry, with its mappings, all of which are in `maps`. These are those of all processes of a
+/// container.
 ///
 /// # Errors
 /// When the kernel's device of such memory cannot be found out.
 pub fn carried(maps: &[(Process, Maps)]) -> io::Result<BTreeMap<ObjectId, Vec<ObjectMapping>>> {
     let device = device()?;
-    let (mut objects, mut others) = (BTreeMap::<ObjectId, Vec<ObjectMapping>>::new(), BTreeSet::new());
+    let mut objects = BTreeMap::<ObjectId, Vec<ObjectMapping>>::new();
+    let (mut others, mut named) = (BTreeSet::new(), BTreeSet::new());
     for (process, maps) in maps {
         for region in maps.regions().iter().filter(|region| region.device == device && region.inode != 0) {
             let id = ObjectId(region.inode);
+            if ![ANONYMOUS, RESTORED].contains(&region.name.as_str()) {
+                named.insert(id);
+            }
             match mapping(*process, region) {
                 Some(mapping) => objects.entry(id).or_default().push(mapping),
                 None => {
@@ -142,20 +208,43 @@ pub fn carried(maps: &[(Process, Maps)]) -> io::Result<BTreeMap<ObjectId, Vec<Ob
             }
         }
     }
-    objects.retain(|id, _| !others.contains(id));
+    objects.retain(|id, mappings| {
+        !others.contains(id) && (!named.contains(id) || can_be_made_anew(*id, mappings))
+    });
     Ok(objects)
 }
 
-/// The mapping, if it is one of anonymous memory.
+/// Whether an object is one that can be made and filled elsewhere: anonymous, or a memfd without seals against that.
+fn can_be_made_anew(id: ObjectId, mappings: &[ObjectMapping]) -> bool {
+    // Some may have been given up meanwhile.
+    mappings.iter().find_map(|mapping| memfd_at(id, mapping).ok()).is_some_and(|memfd| match memfd {
+        Some(memfd) => HARMLESS.contains(SealFlags::from_bits_retain(memfd.seals)),
+        None => true,
+    })
+}
+
+/// What the memfd is besides its content; `None` of anonymous memory, of which nobody has a descriptor.
+///
+/// # Errors
+/// When none of `mappings` is there any more.
+pub fn memfd(id: ObjectId, mappings: &[ObjectMapping]) -> io::Result<Option<Memfd>> {
+    memfd_at(id, mappings.first().ok_or(io::ErrorKind::NotFound)?)
+}
+
+fn memfd_at(id: ObjectId, mapping: &ObjectMapping) -> io::Result<Option<Memfd>> {
+    let label = mapping.label()?;
+    if label.is_anonymous() {
+        return Ok(None);
+    }
+    let file = mapping.open(id)?;
+    let (metadata, seals) = (file.metadata()?, fcntl_get_seals(&file)?.bits());
+    Ok(Some(Memfd { label, mode: metadata.mode(), owner: (metadata.uid(), metadata.gid()), seals }))
+}
+
+/// The mapping, if it is one of an object.
 fn mapping(process: Process, region: &Region) -> Option<ObjectMapping> {
     if region.class() != Class::Shared || !region.offset.is_multiple_of(PAGE_SIZE) {
         return None;
-    }
-    if region.is_shared_by_label() {
-        let target = fs::read_link(link_of(process, region.start, region.end)).ok()?;
-        if ![ANONYMOUS, RESTORED].iter().any(|name| target == Path::new(name)) {
-            return None;
-        }
     }
     let (pages, first) = (region.pages()?, PageNo(region.offset / PAGE_SIZE));
     // All its pages have a number.
@@ -172,6 +261,19 @@ pub fn size(id: ObjectId, mappings: &[ObjectMapping]) -> io::Result<u64> {
     Ok(opened.metadata()?.len())
 }
 
+/// The object that a link under `/proc/<pid>/fd` leads to, which reads as `target`, if it is a memfd.
+///
+/// # Errors
+/// When what it leads to cannot be told, or the kernel's device of such memory.
+pub fn behind(link: &Path, target: &Path) -> io::Result<Option<ObjectId>> {
+    if Label::of_link(target.as_os_str().as_bytes()).is_none() {
+        return Ok(None);
+    }
+    let metadata = fs::metadata(link)?;
+    let of_memfds = (major(metadata.dev()), minor(metadata.dev())) == device()?;
+    Ok(of_memfds.then(|| ObjectId(metadata.ino())))
+}
+
 /// The device of the kernel's own tmpfs, of which shared anonymous memory and memfds are.
 fn device() -> io::Result<(u32, u32)> {
     static DEVICE: OnceLock<(u32, u32)> = OnceLock::new();
@@ -180,6 +282,26 @@ fn device() -> io::Result<(u32, u32)> {
     }
     let device = File::from(memfd_create("haul-probe", MemfdFlags::CLOEXEC)?).metadata()?.dev();
     Ok(*DEVICE.get_or_init(|| (major(device), minor(device))))
+}
+
+/// Reads whole pages from `first` on into `buffer`, which has room for that many, and says how many there are before the
+/// end. What the last one has behind the end is zeros.
+///
+/// # Errors
+/// What `pread(2)` says.
+pub(crate) fn read_pages(file: &File, first: PageNo, buffer: &mut [u8]) -> io::Result<u64> {
+    let mut done = 0;
+    while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
+        match file.read_at(rest, first.address() + done as u64) {
+            Ok(0) => break,
+            Ok(count) => done += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let pages = done.div_ceil(PAGE_BYTES);
+    buffer.get_mut(done..pages * PAGE_BYTES).unwrap_or_default().fill(0);
+    Ok(pages as u64)
 }
 
 /// The pages of an object that hold something, in memory or in swap. All others are zeros.
@@ -211,7 +333,6 @@ mod tests {
     use super::*;
     use crate::process::Vpid;
     use rustix::fs::{FallocateFlags, fallocate, ftruncate};
-    use std::os::unix::fs::FileExt;
 
     fn process(vpid: u32) -> Process {
         Process { pid: rustix::process::getpid(), vpid: Vpid(vpid), generation: Generation(1) }

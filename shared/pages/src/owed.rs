@@ -20,6 +20,7 @@ use crate::gather::{PageBatch, gather};
 use crate::history::Pattern;
 use crate::manifest::{FinalManifest, ManifestProcess};
 use crate::maps::Maps;
+use crate::object::Label;
 use crate::process::{self, Generation, Process, Vpid};
 use crate::range::{PageNo, PageRange, RangeSet};
 use crate::source::SourceError;
@@ -96,7 +97,7 @@ impl Owed {
     pub fn manifest(&self) -> FinalManifest {
         let entry = |(vpid, debt): (&Vpid, &Debt)| {
             let generation = debt.process.generation;
-            (*vpid, ManifestProcess { generation, pages: debt.pages.clone() })
+            (*vpid, ManifestProcess { generation, label: Label::default(), pages: debt.pages.clone() })
         };
         FinalManifest { processes: self.debts.iter().map(entry).collect() }
     }

@@ -4,8 +4,9 @@
 //! - what some page table says, of mappings that have been registered since the last round;
 //! - all that a mapping shows which is new, or has been: whatever was done through it went unseen;
 //! - pages that held nothing the last time;
+//! - pages of a memfd that are not as they were sent, if its time of change says that there may be some ([`crate::contents`]);
 //! - everything, if some process may have been born and have died in between, or the kernel may have taken pages out of
-//!   page tables ([`crate::births`]).
+//!   page tables ([`crate::births`]); of a memfd, what a comparison finds.
 //!
 //! What remains unseen: a write through a second mapping that a process makes of the same memory (`mremap` with an old
 //! size of 0) and gives up again between two rounds; and a write to a page that the process itself takes out of its page
@@ -14,10 +15,12 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fs::File;
+use std::io;
 
 use crate::births::Births;
+use crate::contents::{Contents, Look};
 use crate::maps::{Maps, MapsError};
-use crate::object::{self, ObjectId, ObjectMapping};
+use crate::object::{self, Label, ObjectId, ObjectMapping};
 use crate::process::{Process, Vpid};
 use crate::range::{PageRange, RangeSet};
 use crate::track::{
@@ -38,6 +41,9 @@ pub(crate) struct SharedMemory {
 #[derive(Debug)]
 struct Known {
     file: File,
+    label: Label,
+    /// Where there may be descriptors of it.
+    contents: Option<Contents>,
     extents: RangeSet,
     /// Mappings that have been registered since.
     mappings: Vec<ObjectMapping>,
@@ -72,18 +78,33 @@ impl SharedMemory {
         }
     }
 
-    /// The object that the id stands for.
-    pub(crate) fn file(&self, vpid: Vpid) -> Option<&File> {
-        let (id, _) = self.numbers.iter().find(|(_, number)| Vpid::of_object(**number) == vpid)?;
-        Some(&self.objects.get(id)?.file)
+    /// The object that the id stands for with what it is called, and what takes note of what is read of it to be sent.
+    pub(crate) fn read(&mut self, vpid: Vpid) -> (Option<(&File, &Label)>, Option<&mut Contents>) {
+        match self.id_of(vpid).and_then(|id| self.objects.get_mut(&id)) {
+            Some(Known { file, label, contents, .. }) => (Some((&*file, &*label)), contents.as_mut()),
+            None => (None, None),
+        }
+    }
+
+    /// What the object is called that the id stands for; nothing, of a process.
+    pub(crate) fn label(&self, vpid: Vpid) -> Label {
+        let known = self.id_of(vpid).and_then(|id| self.objects.get(&id));
+        known.map(|known| known.label.clone()).unwrap_or_default()
+    }
+
+    fn id_of(&self, vpid: Vpid) -> Option<ObjectId> {
+        let mut all = self.numbers.iter();
+        all.find(|(_, number)| Vpid::of_object(**number) == vpid).map(|(id, _)| *id)
     }
 
     /// What was written since the last call, with the objects in place of processes. Nothing where the tracker cannot
-    /// tell, nor of an object that a process uses which cannot be followed: it goes in the final round.
+    /// tell, nor of an object that a process uses which cannot be followed: it goes in the final round. What was written
+    /// through descriptors may wait for a later round, unless this is the last one.
     pub(crate) fn collect(
         &mut self,
         processes: &[Process],
         tracker: &mut dyn DirtyTracker,
+        is_last: bool,
     ) -> Vec<Collected> {
         let Some(tracker) = tracker.shared() else { return Vec::new() };
         let mut unsure = false;
@@ -105,15 +126,18 @@ impl SharedMemory {
         for (id, mappings) in objects {
             let Some(process) = self.stand_in(id, &mappings) else { continue };
             let Some(known) = self.objects.get_mut(&id) else { continue };
-            let Ok(extents) = object::extents(&known.file) else {
+            let writes = writes(&known.mappings, &mappings, &scans);
+            let Ok((extents, differing)) = known.collect(&writes.dirty, unsure, is_last) else {
                 // What the page tables said is forgotten with this: everything counts as written the next time.
                 (known.extents, known.mappings) = (RangeSet::new(), Vec::new());
                 continue;
             };
-            let writes = writes(&known.mappings, &mappings, &scans);
-            let mut dirty = match unsure {
+            let mut dirty = match unsure && known.contents.is_none() {
                 true => extents.clone(),
-                false => writes.dirty.union(&extents.subtract(&known.extents)).intersect(&extents),
+                false => {
+                    let written = writes.dirty.union(&differing);
+                    written.union(&extents.subtract(&known.extents)).intersect(&extents)
+                }
             };
             (known.extents, known.mappings) = (extents.clone(), writes.followed);
             if writes.unknown {
@@ -146,17 +170,18 @@ impl SharedMemory {
             let vpid = process.vpid;
             maps.push((*process, Maps::of(process.pid).map_err(|source| TrackError::Maps { vpid, source })?));
         }
-        self.scan_maps(processes, &maps, tracker)
+        self.scan_maps(processes, &maps, tracker, true)
     }
 
-    /// As [`Self::scan`], nearly: the processes run, and those that end meanwhile are left out.
+    /// As [`Self::scan`], nearly: the processes run, and those that end meanwhile are left out, as is what only a
+    /// comparison of memfds would show.
     pub(crate) fn left(
         &mut self,
         processes: &[Process],
         tracker: &mut dyn DirtyTracker,
     ) -> Option<Vec<FinalScan>> {
         let maps = processes.iter().filter_map(|process| Some((*process, Maps::of(process.pid).ok()?)));
-        self.scan_maps(processes, &maps.collect::<Vec<_>>(), tracker).ok()
+        self.scan_maps(processes, &maps.collect::<Vec<_>>(), tracker, false).ok()
     }
 
     fn scan_maps(
@@ -164,6 +189,7 @@ impl SharedMemory {
         processes: &[Process],
         maps: &[(Process, Maps)],
         tracker: &mut dyn DirtyTracker,
+        compares: bool,
     ) -> Result<Vec<FinalScan>, TrackError> {
         let objects = object::carried(maps).map_err(TrackError::Shared)?;
         let unsure = self.births.is_unsure(processes);
@@ -175,14 +201,14 @@ impl SharedMemory {
         let mut all = Vec::new();
         for (id, mappings) in objects {
             let process = self.stand_in(id, &mappings);
-            let gone = || TrackError::Shared(std::io::ErrorKind::NotFound.into());
+            let gone = || TrackError::Shared(io::ErrorKind::NotFound.into());
             let process = process.ok_or_else(gone)?;
             let known = self.objects.get(&id).ok_or_else(gone)?;
-            let exists = object::extents(&known.file).map_err(TrackError::Shared)?;
+            let (exists, differing) = known.scan(unsure, compares).map_err(TrackError::Shared)?;
             let writes = writes(&known.mappings, &mappings, &scans);
-            let unwritten = match unsure || writes.unknown {
+            let unwritten = match unsure && known.contents.is_none() || writes.unknown {
                 true => RangeSet::new(),
-                false => exists.intersect(&known.extents).subtract(&writes.dirty),
+                false => exists.intersect(&known.extents).subtract(&writes.dirty).subtract(&differing),
             };
             all.push(FinalScan { process, exists, unwritten });
         }
@@ -193,12 +219,40 @@ impl SharedMemory {
     fn stand_in(&mut self, id: ObjectId, mappings: &[ObjectMapping]) -> Option<Process> {
         let first = mappings.first()?;
         if let Entry::Vacant(place) = self.objects.entry(id) {
-            let file = mappings.iter().find_map(|mapping| mapping.open(id).ok())?;
-            place.insert(Known { file, extents: RangeSet::new(), mappings: Vec::new() });
+            let opened =
+                mappings.iter().find_map(|mapping| Some((mapping.open(id).ok()?, mapping.label().ok()?)));
+            let (file, label) = opened?;
+            let contents = (!label.is_anonymous()).then(Contents::new);
+            place.insert(Known { file, label, contents, extents: RangeSet::new(), mappings: Vec::new() });
         }
         let next = u32::try_from(self.numbers.len()).ok()?;
         let number = *self.numbers.entry(id).or_insert(next);
         Some(Process { pid: first.process.pid, vpid: Vpid::of_object(number), generation: id.generation() })
+    }
+}
+
+impl Known {
+    /// The pages that exist, and those that are known not to be as they were sent, beside what page tables have `told`.
+    fn collect(&mut self, told: &RangeSet, unsure: bool, is_last: bool) -> io::Result<(RangeSet, RangeSet)> {
+        // Before all else: what is written from here on shows the next time.
+        let look = Look::at(&self.file)?;
+        let extents = object::extents(&self.file)?;
+        let differing = match &mut self.contents {
+            Some(contents) => contents.collect(&self.file, &extents, told, look, unsure, is_last)?,
+            None => RangeSet::new(),
+        };
+        Ok((extents, differing))
+    }
+
+    /// The same when frozen, if pages are to be compared; changes nothing.
+    fn scan(&self, unsure: bool, compares: bool) -> io::Result<(RangeSet, RangeSet)> {
+        let look = Look::at(&self.file)?;
+        let extents = object::extents(&self.file)?;
+        let differing = match self.contents.as_ref().filter(|_| compares) {
+            Some(contents) => contents.scan(&self.file, &extents, look, unsure)?,
+            None => RangeSet::new(),
+        };
+        Ok((extents, differing))
     }
 }
 
@@ -260,7 +314,7 @@ impl MapsError {
     pub(crate) fn is_of_the_gone(&self) -> bool {
         match self {
             Self::Read { source, .. } => {
-                source.kind() == std::io::ErrorKind::NotFound
+                source.kind() == io::ErrorKind::NotFound
                     || source.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
             }
             Self::Line { .. } => false,

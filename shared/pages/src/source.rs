@@ -15,7 +15,7 @@ use haulage_sys::CallError;
 use haulage_sys::freezer::{Freezer, FreezerError, FreezerState};
 
 use crate::adaptive::{self, Timeline};
-use crate::gather::{Sink, gather};
+use crate::gather::{Gathered, Sink, gather};
 use crate::history::Census;
 use crate::ledger::Ledger;
 use crate::manifest::{FinalManifest, ManifestProcess};
@@ -170,7 +170,7 @@ impl SourceEngine {
         self.shared.look();
         let processes = process::list(&self.cgroup_procs)?;
         self.timeline.scanned(Instant::now());
-        for collected in self.collect(&processes) {
+        for collected in self.collect(&processes, false) {
             let ledger = self.ledgers.entry(key_of(collected.process)).or_default();
             ledger.observe(&collected, self.options.policy, Instant::now());
         }
@@ -204,7 +204,7 @@ impl SourceEngine {
         let processes = process::list(&self.cgroup_procs)?;
         let mut followed = Vec::new();
         self.timeline.scanned(started);
-        let all = self.collect(&processes);
+        let all = self.collect(&processes, pace.last);
         self.ledgers.retain(|key, _| {
             let mut there = processes.iter().chain(all.iter().map(|collected| &collected.process));
             there.any(|process| key_of(*process) == *key)
@@ -232,8 +232,7 @@ impl SourceEngine {
                 if report.stopped || limit.is_some_and(|limit| started.elapsed() >= limit) {
                     break;
                 }
-                let object = self.shared.file(process.vpid);
-                let gathered = gather(process, object, self.round, &piece, sink);
+                let gathered = send(&mut self.shared, process, self.round, &piece, sink);
                 let gathered = gathered.map_err(|source| SourceError::Read { vpid: process.vpid, source })?;
                 ledger.settle(&gathered.sent, &gathered.gone, Instant::now());
                 report.add(&gathered);
@@ -246,9 +245,9 @@ impl SourceEngine {
     }
 
     /// What has been written since the last time, by processes and then to shared memory.
-    fn collect(&mut self, processes: &[Process]) -> Vec<Collected> {
+    fn collect(&mut self, processes: &[Process], is_last: bool) -> Vec<Collected> {
         let mut all = self.tracker.collect(processes);
-        all.extend(self.shared.collect(processes, self.tracker.as_mut()));
+        all.extend(self.shared.collect(processes, self.tracker.as_mut(), is_last));
         all
     }
 
@@ -350,7 +349,8 @@ impl SourceEngine {
             let pages = ledger.owed(&scan.exists, &scan.unwritten);
             wanted.push(Wanted { process, pages, unwritten: scan.unwritten });
             report.dirty_pages += scan.exists.page_count();
-            let entry = ManifestProcess { generation: process.generation, pages: scan.exists };
+            let label = self.shared.label(process.vpid);
+            let entry = ManifestProcess { generation: process.generation, label, pages: scan.exists };
             manifest.processes.insert(process.vpid, entry);
         }
         report.scan = started.elapsed();
@@ -358,13 +358,13 @@ impl SourceEngine {
     }
 
     fn deliver(
-        &self,
+        &mut self,
         process: Process,
         pages: &RangeSet,
         sink: Sink<'_>,
         report: &mut RoundReport,
     ) -> Result<(), SourceError> {
-        let gathered = gather(process, self.shared.file(process.vpid), self.round, pages, sink);
+        let gathered = send(&mut self.shared, process, self.round, pages, sink);
         let gathered = gathered.map_err(|source| SourceError::Read { vpid: process.vpid, source })?;
         report.add(&gathered);
         if gathered.stopped {
@@ -376,6 +376,23 @@ impl SourceEngine {
         }
         Ok(())
     }
+}
+
+/// Reads pages of a process, or of an object, and hands them to the sink.
+fn send(
+    shared: &mut SharedMemory,
+    process: Process,
+    round: u32,
+    pages: &RangeSet,
+    sink: Sink<'_>,
+) -> Result<Gathered, CallError> {
+    let (object, mut contents) = shared.read(process.vpid);
+    gather(process, object, round, pages, &mut |batch| {
+        if let Some(contents) = &mut contents {
+            contents.sent(&batch);
+        }
+        sink(batch)
+    })
 }
 
 /// A frozen container, with nothing sent of it yet.

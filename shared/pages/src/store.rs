@@ -21,7 +21,7 @@ use crate::chunk::{CHUNK_PAGES, Chunk, Piece};
 use crate::frame::{PART_BYTES, Parts};
 use crate::index::{Index, IndexError, Stored};
 use crate::named::Owner;
-use crate::object::{self, Place};
+use crate::object::{Label, Place};
 use crate::process::{Generation, Vpid};
 use crate::range::{PageNo, PageRange, RangeSet};
 
@@ -86,13 +86,20 @@ pub enum StoreError {
 #[derive(Debug)]
 pub struct Objects(#[expect(dead_code, reason = "held open, for others")] Vec<File>);
 
+/// What is stored of an object.
+#[derive(Debug)]
+struct Memory {
+    file: File,
+    label: Label,
+}
+
 /// A store that takes pages in.
 #[derive(Debug)]
 pub struct PageStore {
     dir: PathBuf,
     data: File,
     index: Index,
-    objects: BTreeMap<Vpid, File>,
+    objects: BTreeMap<Vpid, Memory>,
     /// Slots whose chunk was dropped.
     free: Vec<u32>,
     chunks: usize,
@@ -235,14 +242,14 @@ impl PageStore {
 
     /// Takes pages out of an object: whoever maps it reads zeros there, without being asked to.
     fn empty(&self, vpid: Vpid, range: PageRange) -> Result<(), StoreError> {
-        let Some(object) = self.objects.get(&vpid) else { return Ok(()) };
+        let Some(Memory { file, .. }) = self.objects.get(&vpid) else { return Ok(()) };
         let (start, length) = (range.start().address(), range.count() * PAGE_SIZE);
         let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fallocate(object, mode, start, length).map_err(|errno| self.failed(errno.into()))
+        fallocate(file, mode, start, length).map_err(|errno| self.failed(errno.into()))
     }
 
     fn data_of(&self, vpid: Vpid) -> &File {
-        self.objects.get(&vpid).unwrap_or(&self.data)
+        self.objects.get(&vpid).map_or(&self.data, |memory| &memory.file)
     }
 
     fn failed(&self, source: io::Error) -> StoreError {
@@ -361,6 +368,26 @@ impl PageStore {
     /// # Errors
     /// [`StoreError::Full`].
     pub fn admit(&mut self, vpid: Vpid, generation: Generation) -> Result<(), StoreError> {
+        self.admit_as(vpid, generation, None)
+    }
+
+    /// As [`Self::admit`], of shared memory, which is called `label` and is made here.
+    ///
+    /// # Errors
+    /// As there, and when no memory can be called that.
+    pub fn introduce(&mut self, vpid: Vpid, generation: Generation, label: &Label) -> Result<(), StoreError> {
+        if self.objects.get(&vpid).is_some_and(|memory| memory.label != *label) {
+            self.reset(vpid);
+        }
+        self.admit_as(vpid, generation, Some(label))
+    }
+
+    fn admit_as(
+        &mut self,
+        vpid: Vpid,
+        generation: Generation,
+        label: Option<&Label>,
+    ) -> Result<(), StoreError> {
         if self.generation(vpid).is_some_and(|stored| stored != generation) {
             self.reset(vpid);
         }
@@ -369,8 +396,15 @@ impl PageStore {
                 return Err(StoreError::Full("processes"));
             }
             if vpid.is_object() {
-                let memory = memfd_create(object::NAME, MemfdFlags::CLOEXEC);
-                self.objects.insert(vpid, memory.map_err(|errno| self.failed(errno.into()))?.into());
+                let label = label.cloned().unwrap_or_else(Label::anonymous);
+                let flags = match label == Label::anonymous() {
+                    true => MemfdFlags::CLOEXEC,
+                    // It gets its seals when all is in it.
+                    false => MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
+                };
+                let file =
+                    memfd_create(label.as_bytes(), flags).map_err(|errno| self.failed(errno.into()))?;
+                self.objects.insert(vpid, Memory { file: file.into(), label });
             }
             self.index.processes.insert(vpid, Stored { generation, chunks: Default::default() });
         }
@@ -383,8 +417,8 @@ impl PageStore {
     /// # Errors
     /// When the disk fails; the store is as good as not sealed then.
     pub fn seal(mut self) -> Result<(PathBuf, Objects), StoreError> {
-        for (vpid, object) in &self.objects {
-            let at = Place::of(object).map_err(|source| self.failed(source))?;
+        for (vpid, memory) in &self.objects {
+            let at = Place::of(&memory.file).map_err(|source| self.failed(source))?;
             self.index.objects.insert(*vpid, at);
         }
         let path = self.dir.join(DATA_FILE);
@@ -394,7 +428,7 @@ impl PageStore {
         fs::write(&draft, self.index.encode())
             .and_then(|()| fs::rename(&draft, &path))
             .map_err(|source| StoreError::Io { path, source })?;
-        Ok((self.dir, Objects(self.objects.into_values().collect())))
+        Ok((self.dir, Objects(self.objects.into_values().map(|memory| memory.file).collect())))
     }
 
     fn chunk(&mut self, vpid: Vpid, generation: Generation, number: u64) -> Result<&mut Chunk, StoreError> {

@@ -101,6 +101,9 @@ impl TargetEngine {
         }
         self.latest = batch.round;
         self.store.enter_round(batch.round);
+        if batch.vpid.is_object() {
+            self.store.introduce(batch.vpid, batch.generation, &batch.label)?;
+        }
         let mut applied = Applied::default();
         for (run, bytes) in batch.pieces() {
             let (vpid, generation, range) = (batch.vpid, batch.generation, run.range);
@@ -126,6 +129,9 @@ impl TargetEngine {
         }
         self.latest = named.round;
         self.store.enter_round(named.round);
+        if named.of.vpid.is_object() {
+            self.store.introduce(named.of.vpid, named.of.generation, &named.label)?;
+        }
         for run in named.runs {
             self.store.copy(named.of, run.pages, named.like, run.like)?;
         }
@@ -167,7 +173,10 @@ impl TargetEngine {
             if self.store.generation(*vpid).is_some_and(|stored| stored != process.generation) {
                 dropped_pages += self.store.reset(*vpid);
             }
-            self.store.admit(*vpid, process.generation)?;
+            match vpid.is_object() {
+                true => self.store.introduce(*vpid, process.generation, &process.label)?,
+                false => self.store.admit(*vpid, process.generation)?,
+            }
             let owed = owed.processes.get(vpid).map_or(&nothing, |owed| &owed.pages);
             let missing = self.store.missing(*vpid, &process.pages).subtract(owed);
             if let Some(first) = missing.runs().first() {

@@ -65,6 +65,8 @@ pub(crate) struct Held {
     /// What was registered by us and not refused since; other registrations are not ours to judge by.
     pub(crate) ours: RangeSet,
     pub(crate) refused: Vec<Refused>,
+    /// Shared mappings that can never be written through: of a descriptor that was opened for reading only.
+    pub(crate) unwritable: RangeSet,
 }
 
 /// Why a process could not be scanned.
@@ -148,7 +150,8 @@ impl WriteProtect {
         };
         match (self.negotiate)(fd) {
             Ok(tracker) => {
-                let mut held = Held { tracker, ours: RangeSet::new(), refused: Vec::new() };
+                let mut held =
+                    Held { tracker, ours: RangeSet::new(), refused: Vec::new(), unwritable: RangeSet::new() };
                 // The injection took its time: the process may have other mappings by now.
                 match Maps::of(process.pid) {
                     Ok(maps) => held.register(&maps, |_| true),

@@ -14,7 +14,10 @@ mod target;
 
 use std::fs::File;
 use std::ops::ControlFlow;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
 
 use haulage_pages::PageBatch;
 use haulage_pages::choice::Compression;
@@ -62,6 +65,18 @@ impl Move {
         let store = &mut self.store;
         let pace = Pace { rate: Some(20_000.0), allowance: 100, ..Pace::default() };
         self.source.round(pace, &mut |batch| into(store, &batch)).unwrap()
+    }
+
+    /// Makes rounds until one has found so many pages, which is the one that is returned.
+    fn round_that_finds(&mut self, pages: u64) -> RoundReport {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let report = self.round();
+            if report.dirty_pages >= pages {
+                return report;
+            }
+            assert!(Instant::now() < deadline, "no round finds {pages} pages: {report:?}");
+        }
     }
 
     fn tell(&mut self, commands: &str) {
@@ -242,6 +257,10 @@ fn compare_objects(processes: &[Process], sealed: &SealedStore) {
     assert!(stored.len() == objects.len() && stored.iter().all(|id| objects.contains_key(id)));
     let (mut there, mut here) = ([0; PAGE_BYTES], [0; PAGE_BYTES]);
     for (vpid, id, memory) in sealed.objects() {
+        let name = std::fs::read_link(format!("/proc/self/fd/{}", memory.as_raw_fd())).unwrap();
+        let is = object::memfd(id, &objects[&id]).unwrap();
+        let label = is.as_ref().map_or(&b"/dev/zero"[..], |is| is.label.as_bytes());
+        assert_eq!(name.as_os_str().as_bytes(), [b"/memfd:", label, b" (deleted)"].concat());
         // As whoever maps it would make it, so that what was never sent can be read.
         memory.set_len(1 << 32).unwrap();
         let pages = sealed.pages(vpid);
@@ -446,6 +465,75 @@ fn shared_memory_written_to_in_the_last_moment_by_one_that_is_gone() {
         moving.tell("brief 0 300 40; write 0 500 5");
         moving.finish();
     }
+}
+
+#[test]
+fn memfds_that_are_written_to_by_mappings_and_descriptors() {
+    on_all("memfd 0 700; write 0 0 300; pwrite 0 300 100; memfd 1 50; pwrite 1 0 50; reader 2 1", |moving| {
+        moving.round();
+        moving.tell(
+            "pwrite 0 30 20; write 0 40 20; zero 0 60 5; cut 1 40; hollow 0 70 5; fork; brief 0 100 50",
+        );
+        moving.round();
+        moving.target.signal_children();
+        moving.tell("putter 0 200 30; restore 0 10 5; pwrite 0 500 10; readonly 0 250 10; unmap 0 300 50");
+        moving.round();
+        moving.tell("pwrite 0 320 3; double 1 3; write 3 7 3; pwrite 1 9 1; memfd 4 30; pwrite 4 0 30");
+        moving.round();
+        moving.target.signal_children();
+        moving.tell("restore 0 32 3; putter 1 3 4; brief 0 400 20; pwrite 0 650 3; hollow 4 2 2; seal 4 6");
+    });
+}
+
+#[test]
+fn a_memfd_that_is_written_to_by_descriptors_is_sent_no_more_than_that() {
+    let mut target = Target::start_apart();
+    target.tell("memfd 0 9000; write 0 0 5000; pwrite 0 5000 1000; fork; map 1 10; write 1 0 10; reader 2 0");
+    let mut moving = Move::begin(target, Box::new(WriteProtect::new().unwrap()), TransferPolicy::All);
+    let first = moving.round().dirty_pages;
+    assert!((6010..6400).contains(&first), "{first}");
+    // The target's own input and output dirty a few pages.
+    let own = 8;
+    for _ in 0..2 {
+        let idle = moving.round();
+        assert!(idle.dirty_pages <= own && idle.left_pages.is_some_and(|left| left <= own), "{idle:?}");
+    }
+    moving.tell("pwrite 0 100 37; read 0 0 5000; pwrite 0 8500 5; write 0 3000 3; restore 0 10 50");
+    // What page tables tell is found at once, and the rest when there is time to compare.
+    let told = moving.round().dirty_pages;
+    assert!((8..45 + own).contains(&told), "{told}");
+    if told < 45 {
+        let rest = moving.round_that_finds(37).dirty_pages;
+        assert!(rest <= 37 + own, "{rest}");
+    }
+    // A process that came and went may have written anything by mappings, which a comparison shows as well.
+    moving.tell("putter 0 400 7; brief 0 500 9");
+    let written = moving.round_that_finds(16).dirty_pages;
+    assert!(written <= 16 + 3 * own, "{written}");
+    moving.tell("pwrite 0 700 9");
+    let last = moving.finish();
+    assert!(last.data_pages <= 9 + 2 * own, "{last:?}");
+}
+
+#[test]
+fn a_memfd_that_others_carry_is_none_of_ours() {
+    let mut target = Target::start();
+    // Sealed against writing once it is mapped; of which there is a private mapping; and nobody's mapping at all.
+    target.tell(
+        "memfd 0 20; write 0 0 9; seal 0 16; memfd 1 20; write 1 0 9; copy 1 2; memfd 3 20; unmap 3 0 20",
+    );
+    target.tell("memfd 4 20; pwrite 4 3 4");
+    let tracker = best(&target);
+    let mut moving = Move::begin(target, tracker, TransferPolicy::default());
+    moving.round();
+    let processes = process::list(&moving.target.cgroup_procs()).unwrap();
+    let maps: Vec<_> = processes.iter().map(|process| (*process, Maps::of(process.pid).unwrap())).collect();
+    assert_eq!(object::carried(&maps).unwrap().len(), 1);
+    // One that is given up, and one that is taken over.
+    moving.tell("pwrite 4 1 1; copy 4 5");
+    moving.round();
+    moving.tell("unmap 2 0 20");
+    moving.finish();
 }
 
 #[test]

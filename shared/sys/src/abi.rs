@@ -163,6 +163,19 @@ pub(crate) struct RseqConfiguration {
     pub(crate) pad: u32,
 }
 
+/// `struct f_owner_ex`.
+#[repr(C)]
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct FileOwner {
+    pub(crate) kind: i32,
+    pub(crate) pid: i32,
+}
+
+pub(crate) const F_GETOWN_EX: libc::c_int = 16;
+pub(crate) const F_GETSIG: libc::c_int = 11;
+
+const _: () = assert!(size_of::<FileOwner>() == 8);
+
 pub(crate) const PTRACE_GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420F;
 /// Offset of the `rseq_cs` pointer in `struct rseq`.
 pub(crate) const RSEQ_CS_OFFSET: u64 = 8;

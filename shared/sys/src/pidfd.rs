@@ -43,6 +43,33 @@ pub fn is_same_file(pid: Pid, number: RawFd, fd: impl AsFd) -> Result<bool, Call
     kcmp(pid, rustix::process::getpid(), abi::KCMP_FILE, number as libc::c_ulong, ours as libc::c_ulong)
 }
 
+/// Whether two descriptors, each of a process and under a number, are of one open file, with one position.
+///
+/// # Errors
+/// `EBADF` when one is not open there, `ESRCH` when a process is gone.
+pub fn are_same_file(one: (Pid, RawFd), other: (Pid, RawFd)) -> Result<bool, CallError> {
+    kcmp(one.0, other.0, abi::KCMP_FILE, one.1 as libc::c_ulong, other.1 as libc::c_ulong)
+}
+
+/// Whether somebody is to be told by a signal of what happens to the open file, or that signal has been chosen (`F_SETOWN`
+/// and `F_SETSIG` of `fcntl(2)`).
+///
+/// # Errors
+/// What `fcntl(2)` says.
+pub fn has_owner(fd: impl AsFd) -> Result<bool, CallError> {
+    let number = fd.as_fd().as_raw_fd();
+    let mut owner = abi::FileOwner::default();
+    // SAFETY: the call writes a `struct f_owner_ex` to the place given, which is one and lives across the call.
+    if unsafe { libc::fcntl(number, abi::F_GETOWN_EX, &raw mut owner) } < 0 {
+        return Err(CallError::last("fcntl"));
+    }
+    // SAFETY: the call takes numbers only and changes nothing.
+    match unsafe { libc::fcntl(number, abi::F_GETSIG) } {
+        -1 => Err(CallError::last("fcntl")),
+        signal => Ok(signal != 0 || owner.pid != 0),
+    }
+}
+
 fn kcmp(
     one: Pid,
     other: Pid,
@@ -67,10 +94,23 @@ mod tests {
         let shared = share_memory(us, Pid::from_child(&child));
         let file = std::fs::File::open("/dev/null").unwrap();
         let same = is_same_file(us, file.as_raw_fd(), &file);
+        let (again, other) = (file.try_clone().unwrap(), std::fs::File::open("/dev/null").unwrap());
+        let place = |file: &std::fs::File| (us, file.as_raw_fd());
+        assert!(are_same_file(place(&file), place(&again)).unwrap());
+        assert!(!are_same_file(place(&file), place(&other)).unwrap());
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(!shared.unwrap());
         assert!(share_memory(us, us).unwrap());
         assert!(same.unwrap());
+    }
+
+    #[test]
+    fn a_file_has_an_owner_when_somebody_has_asked_for_signals() {
+        let (ours, _) = std::os::unix::net::UnixStream::pair().unwrap();
+        assert!(!has_owner(&ours).unwrap());
+        // SAFETY: the call takes numbers only.
+        unsafe { libc::fcntl(ours.as_raw_fd(), libc::F_SETOWN, libc::getpid()) };
+        assert!(has_owner(&ours).unwrap());
     }
 }

@@ -127,7 +127,7 @@ pub fn full() -> Plan {
             60,
             &alone,
         ),
-        // The same memory as it is carried before the freeze, and as CRIU carries it within.
+        // Memory that is carried before the freeze, of which one kind may be written to through a descriptor, too.
         cell("shared-1g", TEN_GIGABIT, shared(Kind::Shared), 90, &[(HAUL, 5), (Engine::Runc, 2)]),
         cell("memfd-1g", TEN_GIGABIT, shared(Kind::Memfd), 90, &[(HAUL, 3)]),
         idle("slow-64", Link::Mbit(100), 64, 90, &[(HAUL, 3), (Engine::Runc, 3)]),

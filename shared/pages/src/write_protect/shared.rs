@@ -3,11 +3,11 @@
 //! Only pages that are in the page tables are protected. Protecting the others too would cost each process page tables
 //! for all of the memory (2 MiB a GiB), and there may be hundreds of them.
 
-use haulage_sys::CallError;
-use haulage_sys::pagemap::{Categories, Filter, Pagemap, Region};
+use haulage_sys::pagemap::{self, Categories, Filter, Pagemap};
+use haulage_sys::{CallError, Errno};
 
 use super::{Held, Hold, WriteProtect};
-use crate::maps::{Class, Maps};
+use crate::maps::{Class, Maps, Region};
 use crate::process::Process;
 use crate::range::{PageRange, RangeSet};
 use crate::track::{SharedScan, SharedTracker, SharedWrites, Untracked};
@@ -57,18 +57,26 @@ impl WriteProtect {
 impl Held {
     fn collect_shared(&mut self, process: Process, pages: &RangeSet) -> Option<(RangeSet, RangeSet)> {
         let mut pagemap = Pagemap::open(process.pid).ok()?;
-        let registered = found(&mut pagemap, pages, REGISTERED, Categories::WP_ALLOWED).ok()?;
+        let mut registered = found(&mut pagemap, pages, REGISTERED, Categories::WP_ALLOWED).ok()?;
         let new = pages.subtract(&registered);
+        let before = std::mem::take(&mut self.unwritable);
         if !new.is_empty() {
             // As with private memory, by what lies between mappings of other kinds: one that has changed since it was
             // looked at must not be cut in two.
             for (span, mappings) in Maps::of(process.pid).ok()?.spans_of(Class::Shared) {
                 if mappings.iter().any(|mapping| new.overlaps(*mapping)) && self.register_range(span).is_err()
                 {
-                    mappings.iter().try_for_each(|mapping| self.register_range(*mapping)).ok()?;
+                    for mapping in mappings.into_iter().filter(|mapping| pages.overlaps(*mapping)) {
+                        match self.register_range(mapping) {
+                            Err(CallError { errno: Errno::PERM, .. }) => self.unwritable.insert(mapping),
+                            registered => registered.ok()?,
+                        }
+                    }
                 }
             }
         }
+        let never = self.unwritable.intersect(&before);
+        registered = registered.union(&never);
         let mut written = RangeSet::new();
         for run in pages.iter() {
             let scanned =
@@ -81,9 +89,20 @@ impl Held {
         self.tracker.is_alive().ok()?.then_some((registered, written))
     }
 
+    /// What was found to be so at the last round, where nothing else has been mapped since, as far as `maps` show.
+    fn still_unwritable(&self, maps: &Maps) -> RangeSet {
+        let fixed =
+            maps.regions().iter().filter(|region| region.class() == Class::Shared && !region.writable);
+        fixed.filter_map(Region::pages).collect::<RangeSet>().intersect(&self.unwritable)
+    }
+
     fn scan_shared(&mut self, process: Process, pages: &RangeSet) -> Option<(RangeSet, RangeSet)> {
         let mut pagemap = Pagemap::open(process.pid).ok()?;
         let registered = found(&mut pagemap, pages, REGISTERED, Categories::WP_ALLOWED).ok()?;
+        let registered = match self.unwritable.is_empty() {
+            true => registered,
+            false => registered.union(&self.still_unwritable(&Maps::of(process.pid).ok()?)),
+        };
         let written = found(&mut pagemap, pages, WRITTEN, Categories::WRITTEN).ok()?;
         self.tracker.is_alive().ok()?.then_some((registered, written))
     }
@@ -103,6 +122,6 @@ fn found(
     Ok(found)
 }
 
-fn add(pages: &mut RangeSet, region: Region) {
+fn add(pages: &mut RangeSet, region: pagemap::Region) {
     PageRange::of_addresses(region.start..region.end).into_iter().for_each(|range| pages.insert(range));
 }

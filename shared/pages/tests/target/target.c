@@ -42,6 +42,17 @@ static void *check(void *at, const char *what) { if (at == MAP_FAILED) fail(what
 // Fills a page with bytes that no other fill repeats.
 static void fill(char *page) { for (unsigned i = 0; i < PAGE / 8; i++) ((volatile uint64_t *)page)[i] = next(); }
 
+// The memfd of region n has the descriptor MEMFD + n.
+#define MEMFD 50ul
+
+static void put(unsigned long id, unsigned long first, unsigned long count) {
+    static char page[PAGE];
+    for (unsigned long i = first; i < first + count; i++) {
+        fill(page);
+        if (pwrite(MEMFD + id, page, PAGE, i * PAGE) != (ssize_t)PAGE) fail("pwrite");
+    }
+}
+
 static void *race(void *id) {
     unsigned long n = region[(long)id].pages;
     uint64_t r = 12345;
@@ -152,6 +163,19 @@ int main(int argc, char **argv) {
         else if (!strcmp(word, "aligned")) { char *m = check(mmap(0, b * PAGE + (2 << 20), RW, ANON, -1, 0), word); region[a].at = (char *)(((uintptr_t)m + (2 << 20) - 1) & ~((2ul << 20) - 1)); region[a].pages = b; madvise(m, b * PAGE + (2 << 20), MADV_NOHUGEPAGE); }
         else if (!strcmp(word, "marks")) { if (open("/proc/self/pagemap", O_RDONLY) < 0) fail(word); }
         else if (!strcmp(word, "shared")) { region[a].at = check(mmap(0, b * PAGE, RW, MAP_SHARED | MAP_ANONYMOUS, -1, 0), word); region[a].pages = b; }
+        else if (!strcmp(word, "memfd")) {
+            int f = memfd_create("a memfd", MFD_ALLOW_SEALING);
+            if (f < 0 || dup2(f, MEMFD + a) < 0 || close(f) || ftruncate(MEMFD + a, b * PAGE)) fail(word);
+            region[a].at = check(mmap(0, b * PAGE, RW, MAP_SHARED, MEMFD + a, 0), word); region[a].pages = b;
+        }
+        else if (!strcmp(word, "pwrite")) put(a, b, c);
+        else if (!strcmp(word, "restore")) { static char page[PAGE]; for (unsigned long i = b; i < b + c; i++) { memcpy(page, at + i * PAGE, PAGE); put(a, i, 1); if (pwrite(MEMFD + a, page, PAGE, i * PAGE) != (ssize_t)PAGE) fail(word); } }
+        else if (!strcmp(word, "cut")) { if (ftruncate(MEMFD + a, b * PAGE + 7) || ftruncate(MEMFD + a, region[a].pages * PAGE)) fail(word); }
+        else if (!strcmp(word, "hollow")) { if (fallocate(MEMFD + a, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, b * PAGE, c * PAGE)) fail(word); }
+        else if (!strcmp(word, "reader")) { char path[32]; snprintf(path, sizeof path, "/proc/self/fd/%lu", MEMFD + b); int f = open(path, O_RDONLY); region[a].at = check(mmap(0, region[b].pages * PAGE, PROT_READ, MAP_SHARED, f, 0), word); region[a].pages = region[b].pages; close(f); }
+        else if (!strcmp(word, "seal")) { if (fcntl(MEMFD + a, F_ADD_SEALS, (int)b)) fail(word); }
+        else if (!strcmp(word, "copy")) { region[b].at = check(mmap(0, region[a].pages * PAGE, RW, MAP_PRIVATE, MEMFD + a, 0), word); region[b].pages = region[a].pages; }
+        else if (!strcmp(word, "putter")) { pid_t child = fork(); if (child < 0) fail(word); if (!child) { state += getpid() + raced; put(a, b, c); _exit(0); } raced++; if (waitpid(child, 0, 0) < 0) fail(word); }
         else if (!strcmp(word, "low")) { region[a].at = check(mmap((void *)0x100000, b * PAGE, RW, ANON | MAP_FIXED, -1, 0), word); region[a].pages = b; madvise(region[a].at, b * PAGE, MADV_NOHUGEPAGE); }
         else if (!strcmp(word, "file")) { int f = open("/proc/self/exe", O_RDONLY); region[a].at = check(mmap(0, b * PAGE, RW, MAP_PRIVATE, f, 0), word); region[a].pages = b; close(f); }
         else if (!strcmp(word, "write")) for (unsigned long i = b; i < b + c; i++) fill(at + i * PAGE);
