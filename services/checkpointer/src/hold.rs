@@ -198,7 +198,7 @@ fn hide(mask: &mut PagemapMask, all: &[(Process, Maps)], images: &Path) -> Resul
 }
 
 fn described(memfd: Memfd) -> LeftOutMemfd {
-    let Memfd { label, mode, owner: (uid, gid), seals } = memfd;
+    let Memfd { label, mode, owner: (uid, gid), seals, .. } = memfd;
     LeftOutMemfd { name: label.as_bytes().to_vec(), mode, uid, gid, seals }
 }
 

@@ -16,6 +16,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::unix::fs::symlink;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -46,6 +47,8 @@ pub(crate) const NETWORK: &str = "HAUL_GATE_NETWORK";
 const CRIU: &str = "HAUL_GATE_CRIU";
 /// The search path that CRIU gets: ours leads to the gate.
 const PATH: &str = "HAUL_GATE_PATH";
+/// A link to the images, in the directory of a migration's working files.
+const IMAGES_LINK: &str = "images-link";
 /// The longest request of runc's that is understood; they are below 16 KiB.
 const MAX_REQUEST: usize = 256 << 10;
 
@@ -139,7 +142,13 @@ fn restore(number: RawFd, request: &Request, id: &str, container_root: &Path) ->
     root.put_on().map_err(Failure::Root)?;
     armed_root.consume(id)?;
     // CRIU looks for directories that it is told by number in the process that has made the connection: so far runc.
-    let directories = [("images-dir", &armed.images), ("work-dir", &armed.work)];
+    // CRIU 4.1 takes the one for images for a link, such as /proc has for a descriptor, and fails on anything else.
+    let link = armed.work.join(IMAGES_LINK);
+    match symlink(&armed.images, &link) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(Failure::Gate(error)),
+        _ => {}
+    }
+    let directories = [("images-dir", &link), ("work-dir", &armed.work)];
     for (option, path) in directories {
         cgroup::add_configuration(&armed.work, &format!("{option} {}\n", path.display()))?;
     }

@@ -1,7 +1,9 @@
-//! What was written to a memfd through a descriptor, `write(2)` and its like, which no page table shows.
+//! What was written to a memfd in ways that no page table shows in the end: through a descriptor, by `write(2)` and its like,
+//! and through a mapping that was made after one round and given up before the next.
 //!
-//! Such a write changes the time of change. So does the first write to a page through a mapping, and with it every first
-//! one after a round; so the time tells when there may be something to find, and never what. That is found by comparing
+//! The former changes the time of change. The latter need not (who reads a page first finds it writable), but making the
+//! mapping changes the time of access, which we leave alone ourselves. So does much that writes nothing: these times tell
+//! when there may be something to find, and never what. That is found by comparing
 //! all pages with hashes of what was sent of them, as was read for that: a page that was written and written back in
 //! between is like any other. Where this errs, and how rarely, is what [`crate::known`] says.
 //!
@@ -9,11 +11,12 @@
 //! last one, whenever that was. When frozen it is done; in the last round, if there is something to be found of late that
 //! page tables do not tell, which is then not left for the freeze.
 //!
-//! The time is set when a call begins to write. So it counts as changed for as long as a call may take ([`CALL`]), and
-//! then once more: the writes of a call that was under way at one look are found by the next one. Nor does a time tell of
-//! a second change within one tick of the kernel's clock, which that covers too.
+//! The time is set when a call begins to write. So it counts as changed for as long as a call may take ([`CALL`], and when
+//! frozen [`LONG_CALL`]), and then once more: the writes of a call that was under way at one look are found by the next one.
+//! Nor does a time tell of a second change within one tick of the kernel's clock, which that covers too.
 //!
-//! What remains unseen: the later part of a single call that takes longer than that.
+//! What remains unseen: the later part of a single call that takes longer than that, and a mapping that is made by a
+//! descriptor which leaves the time of access alone (`O_NOATIME`).
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -33,6 +36,8 @@ use crate::range::{PageNo, PageRange, RangeSet};
 
 /// How long one call may take that writes. At most 2 GiB go by one call, in memory.
 const CALL: Duration = Duration::from_secs(2);
+/// The same for the last look of all: from a slow disk or with little of a processor, it may take long.
+const LONG_CALL: Duration = Duration::from_secs(30);
 /// Rounds compare for no more than one part in so many of the time.
 const SHARE: u32 = 10;
 /// Pages of a leaf.
@@ -65,11 +70,11 @@ pub(crate) struct Contents {
     hashes: BTreeMap<u64, Box<[u64; LEAF as usize]>>,
 }
 
-/// A look at the time of change.
+/// A look at the times of change and of access.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Look {
-    /// Seconds and nanoseconds.
-    changed: (i64, i64),
+    /// Each in seconds and nanoseconds.
+    times: [(i64, i64); 2],
     at: SystemTime,
 }
 
@@ -78,16 +83,17 @@ impl Look {
     pub(crate) fn at(file: &File) -> io::Result<Self> {
         let at = SystemTime::now();
         let metadata = file.metadata()?;
-        Ok(Self { changed: (metadata.ctime(), metadata.ctime_nsec()), at })
+        let times = [(metadata.ctime(), metadata.ctime_nsec()), (metadata.atime(), metadata.atime_nsec())];
+        Ok(Self { times, at })
     }
 
-    /// Whether something may still have been written after this look by whoever began before it.
-    fn is_fresh(self) -> bool {
-        let (seconds, nanoseconds) = self.changed;
+    /// Whether something may still have been written after this look by whoever began before it, and took so long.
+    fn is_fresh(self, call: Duration) -> bool {
+        let (seconds, nanoseconds) = self.times.into_iter().max().unwrap_or_default();
         let since = Duration::new(seconds.try_into().unwrap_or(0), nanoseconds.try_into().unwrap_or(0));
         // A time that lies ahead is that of a clock that was set back.
         let age = self.at.duration_since(SystemTime::UNIX_EPOCH + since);
-        !age.is_ok_and(|age| age >= CALL)
+        !age.is_ok_and(|age| age >= call)
     }
 }
 
@@ -126,7 +132,7 @@ impl Contents {
         }
         self.forget(told);
         let is_due = self.compared.is_none_or(|(when, took)| when.elapsed() >= took * SHARE);
-        if !self.may_differ(look) {
+        if !self.may_differ(look, CALL) {
             self.last = Some(look);
         } else if is_due || is_last && self.is_worthwhile {
             let started = Instant::now();
@@ -147,15 +153,15 @@ impl Contents {
         look: Look,
         unsure: bool,
     ) -> io::Result<RangeSet> {
-        match unsure || self.may_differ(look) {
+        match unsure || self.may_differ(look, LONG_CALL) {
             true => self.differing(file, pages),
             false => Ok(RangeSet::new()),
         }
     }
 
     /// Whether something may have been written since the last look that was accounted for.
-    fn may_differ(&self, now: Look) -> bool {
-        self.last.is_none_or(|last| last.changed != now.changed || last.is_fresh())
+    fn may_differ(&self, now: Look, call: Duration) -> bool {
+        self.last.is_none_or(|last| last.times != now.times || last.is_fresh(call))
     }
 
     /// The pages of `pages` that were sent and are not now as they were then.
@@ -336,20 +342,48 @@ mod tests {
     }
 
     #[test]
+    fn what_others_read_shows_and_what_we_read_does_not() {
+        use std::os::fd::AsRawFd;
+        let (file, ..) = sent(1);
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let times = || Look::at(&file).unwrap().times;
+        let before = times();
+        let untraced = object::open_untraced(path.as_ref()).unwrap();
+        untraced.read_at(&mut [0; 8], 0).unwrap();
+        assert_eq!(times(), before);
+        // The kernel's clock for this ticks every few milliseconds.
+        let began = Instant::now();
+        while times() == before && began.elapsed() < Duration::from_secs(10) {
+            File::open(&path).unwrap().read_at(&mut [0; 8], 0).unwrap();
+        }
+        assert_ne!(times(), before);
+    }
+
+    #[test]
     fn a_change_is_suspected_until_no_call_can_be_under_way_any_more() {
         let (_, mut contents, _) = sent(3);
         let at = |changed, milliseconds| Look {
-            changed: (changed, 0),
+            times: [(changed, 0), (0, 0)],
             at: SystemTime::UNIX_EPOCH + Duration::from_millis(milliseconds),
         };
-        assert!(contents.may_differ(at(100, 200_000)), "nobody has looked yet");
+        assert!(contents.may_differ(at(100, 200_000), CALL), "nobody has looked yet");
         contents.last = Some(at(100, 100_500));
-        assert!(contents.may_differ(at(100, 110_000)), "a call may have been under way at the last look");
+        assert!(
+            contents.may_differ(at(100, 110_000), CALL),
+            "a call may have been under way at the last look"
+        );
         contents.last = Some(at(100, 110_000));
-        assert!(!contents.may_differ(at(100, 110_100)));
-        assert!(contents.may_differ(at(110, 110_200)));
-        assert!(contents.may_differ(at(90, 110_200)), "the clock was set back");
+        assert!(!contents.may_differ(at(100, 110_100), CALL));
+        assert!(contents.may_differ(at(110, 110_200), CALL));
+        assert!(contents.may_differ(at(90, 110_200), CALL), "the clock was set back");
         contents.last = Some(at(120, 110_000));
-        assert!(contents.may_differ(at(120, 110_100)), "and before the last look");
+        assert!(contents.may_differ(at(120, 110_100), CALL), "and before the last look");
+        contents.last = Some(at(100, 110_000));
+        assert!(
+            contents.may_differ(at(100, 110_100), LONG_CALL),
+            "at last a call may have been under way for longer"
+        );
+        let used = Look { times: [(100, 0), (105, 0)], ..at(100, 110_100) };
+        assert!(contents.may_differ(used, CALL), "somebody has mapped it");
     }
 }

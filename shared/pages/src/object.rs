@@ -15,7 +15,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
@@ -29,6 +29,8 @@ use crate::range::{PageNo, PageRange, RangeSet};
 
 /// What anonymous memory is called when we have restored it, or CRIU has.
 const NAME: &[u8] = b"/dev/zero";
+/// `O_NOATIME` of `open(2)`.
+const NO_TRACE: i32 = 0o100_0000;
 /// What the kernel puts behind the name of a memfd.
 const DELETED: &[u8] = b" (deleted)";
 /// Seals that keep nobody from filling a memfd and mapping it for writing.
@@ -79,6 +81,8 @@ impl Label {
 pub struct Memfd {
     /// Its name.
     pub label: Label,
+    /// Its length in bytes.
+    pub size: u64,
     /// `st_mode` of `stat(2)`.
     pub mode: u32,
     /// User and group id that own it.
@@ -127,12 +131,12 @@ impl ObjectMapping {
         .collect()
     }
 
-    /// Opens the object for reading.
+    /// Opens the object for reading, which leaves no trace in its times.
     ///
     /// # Errors
     /// When the mapping is not there any more, or we may not (`CAP_SYS_ADMIN`).
     pub(crate) fn open(&self, id: ObjectId) -> io::Result<File> {
-        let file = File::open(self.link())?;
+        let file = open_untraced(self.link().as_ref())?;
         match file.metadata()?.ino() == id.0 {
             true => Ok(file),
             false => Err(io::Error::new(io::ErrorKind::NotFound, "something else is mapped there by now")),
@@ -216,9 +220,12 @@ pub fn carried(maps: &[(Process, Maps)]) -> io::Result<BTreeMap<ObjectId, Vec<Ob
 
 /// Whether an object is one that can be made and filled elsewhere: anonymous, or a memfd without seals against that.
 fn can_be_made_anew(id: ObjectId, mappings: &[ObjectMapping]) -> bool {
-    // Some may have been given up meanwhile.
+    // Some may have been given up meanwhile. What a mapping has behind the end of a file would be cut off.
     mappings.iter().find_map(|mapping| memfd_at(id, mapping).ok()).is_some_and(|memfd| match memfd {
-        Some(memfd) => HARMLESS.contains(SealFlags::from_bits_retain(memfd.seals)),
+        Some(memfd) => {
+            memfd.size.is_multiple_of(PAGE_SIZE)
+                && HARMLESS.contains(SealFlags::from_bits_retain(memfd.seals))
+        }
         None => true,
     })
 }
@@ -238,7 +245,13 @@ fn memfd_at(id: ObjectId, mapping: &ObjectMapping) -> io::Result<Option<Memfd>> 
     }
     let file = mapping.open(id)?;
     let (metadata, seals) = (file.metadata()?, fcntl_get_seals(&file)?.bits());
-    Ok(Some(Memfd { label, mode: metadata.mode(), owner: (metadata.uid(), metadata.gid()), seals }))
+    let owner = (metadata.uid(), metadata.gid());
+    Ok(Some(Memfd { label, size: metadata.len(), mode: metadata.mode(), owner, seals }))
+}
+
+/// Opens what is at `path` for reading, which leaves its time of access as it is.
+pub(crate) fn open_untraced(path: &Path) -> io::Result<File> {
+    File::options().read(true).custom_flags(NO_TRACE).open(path)
 }
 
 /// The mapping, if it is one of an object.

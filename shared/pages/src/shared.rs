@@ -200,10 +200,10 @@ impl SharedMemory {
         });
         let mut all = Vec::new();
         for (id, mappings) in objects {
-            let process = self.stand_in(id, &mappings);
-            let gone = || TrackError::Shared(io::ErrorKind::NotFound.into());
-            let process = process.ok_or_else(gone)?;
-            let known = self.objects.get(&id).ok_or_else(gone)?;
+            // What can be gone of a frozen container is CRIU's own, which comes and goes beside us. What is not, and yet
+            // missing, the join refuses.
+            let Some(process) = self.stand_in(id, &mappings) else { continue };
+            let Some(known) = self.objects.get(&id) else { continue };
             let (exists, differing) = known.scan(unsure, compares).map_err(TrackError::Shared)?;
             let writes = writes(&known.mappings, &mappings, &scans);
             let unwritten = match unsure && known.contents.is_none() || writes.unknown {

@@ -364,7 +364,9 @@ impl SourceEngine {
         sink: Sink<'_>,
         report: &mut RoundReport,
     ) -> Result<(), SourceError> {
-        let gathered = send(&mut self.shared, process, self.round, pages, sink);
+        // No account is kept of it: a container that is thawed goes on as if it had not been.
+        let (object, _) = self.shared.read(process.vpid);
+        let gathered = gather(process, object, self.round, pages, sink);
         let gathered = gathered.map_err(|source| SourceError::Read { vpid: process.vpid, source })?;
         report.add(&gathered);
         if gathered.stopped {

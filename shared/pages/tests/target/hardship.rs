@@ -38,6 +38,9 @@ fn processes_that_fork_exec_map_and_exit_all_the_time() {
 /// A kibibyte for each page of it would be 16 GiB.
 #[test]
 fn a_sparse_mapping_of_64_gib_costs_what_is_in_it() {
+    if cannot_write_protect() {
+        return;
+    }
     let mut target = Target::start();
     target.tell("map 0 16777216; write 0 0 10; write 0 8000000 10; write 0 16777206 10");
     let mut moving = tracked(target);
@@ -65,6 +68,9 @@ fn a_sparse_mapping_of_64_gib_costs_what_is_in_it() {
 
 #[test]
 fn a_process_of_2000_threads() {
+    if cannot_write_protect() {
+        return;
+    }
     let mut target = Target::start();
     target.tell("map 0 500; write 0 0 500; crowd 2000");
     let began = Instant::now();
@@ -96,6 +102,9 @@ fn guards_are_no_pages() {
 
 #[test]
 fn memory_that_another_userfaultfd_holds_is_sent_in_the_end() {
+    if cannot_write_protect() {
+        return;
+    }
     let mut target = Target::start();
     target.tell("map 0 300; write 0 0 300; map 1 50; write 1 0 50; userfaultfd 1");
     let mut moving = tracked(target);
@@ -109,6 +118,9 @@ fn memory_that_another_userfaultfd_holds_is_sent_in_the_end() {
 /// What another process traces cannot be tracked, runs on, and can be once it is let go.
 #[test]
 fn a_traced_process_is_told_and_not_touched() {
+    if cannot_write_protect() {
+        return;
+    }
     let mut target = Target::start();
     target.tell("map 0 300; write 0 0 300; traced");
     let found = obstacle::first(&processes(&target)).unwrap().unwrap();
@@ -147,6 +159,9 @@ fn what_cannot_be_dumped_is_noticed() {
 /// A device writes to the pages all the time, and nobody else does.
 #[test]
 fn pages_that_a_device_fills() {
+    if cannot_write_protect() {
+        return;
+    }
     let mut target = Target::start();
     target.tell("map 0 200; write 0 0 200; direct 0");
     let mut moving = tracked(target);

@@ -169,6 +169,7 @@ int main(int argc, char **argv) {
             region[a].at = check(mmap(0, b * PAGE, RW, MAP_SHARED, MEMFD + a, 0), word); region[a].pages = b;
         }
         else if (!strcmp(word, "pwrite")) put(a, b, c);
+        else if (!strcmp(word, "glance")) { char *m = check(mmap(0, region[a].pages * PAGE, RW, MAP_SHARED, MEMFD + a, 0), word); for (unsigned long i = b; i < b + c; i++) { *(volatile char *)(m + i * PAGE); fill(m + i * PAGE); } if (munmap(m, region[a].pages * PAGE)) fail(word); }
         else if (!strcmp(word, "restore")) { static char page[PAGE]; for (unsigned long i = b; i < b + c; i++) { memcpy(page, at + i * PAGE, PAGE); put(a, i, 1); if (pwrite(MEMFD + a, page, PAGE, i * PAGE) != (ssize_t)PAGE) fail(word); } }
         else if (!strcmp(word, "cut")) { if (ftruncate(MEMFD + a, b * PAGE + 7) || ftruncate(MEMFD + a, region[a].pages * PAGE)) fail(word); }
         else if (!strcmp(word, "hollow")) { if (fallocate(MEMFD + a, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, b * PAGE, c * PAGE)) fail(word); }
