@@ -96,8 +96,8 @@ fn prepare(args: &[OsString]) -> Result<Command, Failure> {
     criu.arg0(NAME).env("PATH", setting(PATH)?);
     match request(args).map_err(Failure::Gate)? {
         Some((number, request)) if request.kind == Kind::Restore as i32 => {
-            let end = restore(number, &request, &id.to_string_lossy(), &container_root)?;
-            criu.args(["swrk", &end.to_string()]);
+            let (end, options) = restore(number, &request, &id.to_string_lossy(), &container_root)?;
+            criu.args(options).args(["swrk", &end.to_string()]);
         }
         _ => {
             criu.args(args);
@@ -110,19 +110,25 @@ fn prepare(args: &[OsString]) -> Result<Command, Failure> {
 }
 
 /// Has CRIU, which this process becomes, inherit the container's shared memory, under the names that the images have for
-/// it: the lines of a configuration that say so.
-fn bequeath(shared: Vec<OwnedFd>) -> io::Result<String> {
-    let mut lines = String::new();
+/// it: the options that say so. CRIU 4.1 reads a configuration twice, and would look twice for a descriptor that it has
+/// put away the first time.
+fn bequeath(shared: Vec<OwnedFd>) -> io::Result<Vec<String>> {
+    let mut options = Vec::new();
     for (index, memory) in shared.into_iter().enumerate() {
         let number = pass_fd::leave_to_successor(memory)?;
-        lines.push_str(&format!("inherit-fd fd[{number}]:{}\n", LeftOut::key(index)));
+        options.extend(["--inherit-fd".to_owned(), format!("fd[{number}]:{}", LeftOut::key(index))]);
     }
-    Ok(lines)
+    Ok(options)
 }
 
 /// Takes the root off, waits for the word, and makes the world as CRIU is to find it; the number of its end of the
-/// conversation.
-fn restore(number: RawFd, request: &Request, id: &str, container_root: &Path) -> Result<RawFd, Failure> {
+/// conversation, and options for it.
+fn restore(
+    number: RawFd,
+    request: &Request,
+    id: &str,
+    container_root: &Path,
+) -> Result<(RawFd, Vec<String>), Failure> {
     let armed_root = ArmedRoot::from_env();
     let State::Armed(armed) = armed_root.state(id)? else {
         return Err(Failure::Gate(io::Error::other("the container is not armed")));
@@ -159,12 +165,12 @@ fn restore(number: RawFd, request: &Request, id: &str, container_root: &Path) ->
     if let Some(lines) = provided {
         cgroup::add_configuration(&armed.work, &lines)?;
     }
-    cgroup::add_configuration(&armed.work, &bequeath(shared).map_err(Failure::Gate)?)?;
+    let options = bequeath(shared).map_err(Failure::Gate)?;
     if let Some(network) = std::env::var_os(NETWORK) {
         let entered = NetworkNamespace::at(Path::new(&network)).and_then(|network| network.enter());
         entered.map_err(|error| Failure::Network(error.into()))?;
     }
-    pass_fd::leave_to_successor(end).map_err(Failure::Gate)
+    Ok((pass_fd::leave_to_successor(end).map_err(Failure::Gate)?, options))
 }
 
 /// From here on the keeper talks with runc, and with us over what is returned.
