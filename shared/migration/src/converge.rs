@@ -37,6 +37,10 @@ pub(crate) const MOST_SETTLING: usize = 12;
 const PAYS_PERCENT: u64 = 50;
 /// The same under `history`, which is there to save bytes.
 const FRUGAL_PERCENT: u64 = 40;
+/// The same under `adaptive`, which is there to save downtime, as long as what is left takes more than [`MUCH`].
+const EAGER_PERCENT: u64 = 75;
+/// Time to send what is much to be left.
+const MUCH: Micros = Micros(20_000);
 /// Time to send what is not worth another round.
 const NEARLY_NOTHING: Micros = Micros(5_000);
 /// Preparing the target takes about as long, and what is written meanwhile has to be sent in any case.
@@ -265,9 +269,14 @@ fn stalled(slowdowns: &[Slowdown], options: &Options, fixed: Micros, elapsed: Mi
 /// and so small a share of what it found that the next one will save more of the freeze than it sends in vain.
 fn pays(last: &RoundReport, rounds: &[RoundReport], policy: Policy) -> bool {
     let found = last.sent + last.withheld;
-    let most = if matches!(policy, Policy::History { .. }) { FRUGAL_PERCENT } else { PAYS_PERCENT };
+    let rest = predicted(rounds, Micros(0));
+    let most = match policy {
+        Policy::History { .. } => FRUGAL_PERCENT,
+        Policy::Adaptive if rest > MUCH => EAGER_PERCENT,
+        _ => PAYS_PERCENT,
+    };
     let falls = u128::from(of(last).0) * 100 < u128::from(found.0) * u128::from(most);
-    falls && predicted(rounds, Micros(0)) > NEARLY_NOTHING
+    falls && rest > NEARLY_NOTHING
 }
 
 fn out_of_bounds(rounds: &[RoundReport], options: &Options, fixed: Micros, elapsed: Micros) -> Decision {

@@ -37,7 +37,7 @@ const PARTS: f64 = 8.0;
 /// How long the first round lasts, when nothing is known of the rate or of the pages.
 const FIRST: Duration = Duration::from_secs(1);
 /// Below the allowance, a page is sent only if that is expected to save so much of a page in the freeze.
-const WORTH: f64 = 0.5;
+const WORTH: f64 = 0.25;
 /// Logarithmic classes of rates, two to a doubling, from 2^-10 to 2^10 writes a second.
 const CLASSES: usize = 41;
 /// Steps that a class is looked at in.
