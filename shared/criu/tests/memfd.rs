@@ -134,12 +134,7 @@ fn a_memfd_is_as_it_was_by_mappings_and_descriptors() {
         }
         container.restore_inheriting(&container.complete(), &[memory.as_raw_fd()]);
         drop(memory);
-        poll("the first tick after the restore", || container.status().0 > ticks);
-        container.wait_for_progress();
-        for made in [container.images(), container.complete()] {
-            fs::remove_dir_all(&made).unwrap();
-            fs::create_dir(&made).unwrap();
-        }
+        container.wait_until_moved(ticks);
     }
 }
 

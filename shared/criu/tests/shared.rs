@@ -103,12 +103,7 @@ fn processes_that_share_memory_share_it_after_the_restore() {
         let inherited: Vec<_> = carried.memory.iter().map(|memory| memory.as_raw_fd()).collect();
         container.restore_inheriting(&container.complete(), &inherited);
         drop(carried);
-        poll("the first tick after the restore", || container.status().0 > ticks);
-        container.wait_for_progress();
-        for made in [container.images(), container.complete()] {
-            fs::remove_dir_all(&made).unwrap();
-            fs::create_dir(&made).unwrap();
-        }
+        container.wait_until_moved(ticks);
     }
 }
 

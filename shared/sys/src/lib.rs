@@ -31,6 +31,7 @@ mod error;
 pub mod freezer;
 pub mod inject;
 pub mod lazy;
+mod mapping_iterator;
 pub mod mount_ns;
 pub mod netns;
 pub mod packet;

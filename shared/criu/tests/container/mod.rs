@@ -189,6 +189,17 @@ impl Container {
         assert_eq!(self.status().1, 0, "the program found its memory changed");
     }
 
+    /// Waits until the restored program has gone on from its count at the dump, and empties the directories for another
+    /// move.
+    pub(crate) fn wait_until_moved(&self, ticks: u64) {
+        poll("the first tick after the restore", || self.status().0 > ticks);
+        self.wait_for_progress();
+        for made in [self.images(), self.complete()] {
+            fs::remove_dir_all(&made).unwrap();
+            fs::create_dir(&made).unwrap();
+        }
+    }
+
     fn freezer(&self) -> (PathBuf, bool) {
         match self.state()["cgroup_paths"]["freezer"].as_str() {
             Some(path) => (path.into(), false),
