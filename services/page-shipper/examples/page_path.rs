@@ -204,7 +204,7 @@ async fn path(full: &Full, words: &[&str], gb: f64) {
     let (engine, report, encoding) =
         lanes.ship(engine, |engine, sink| engine.round(Default::default(), sink)).await.unwrap();
     lanes.settle().await.unwrap();
-    send_now(&mut lanes.first().unwrap().connection, wire::ROUND_END, Bytes::new()).await.unwrap();
+    lanes.first().unwrap().send_now(wire::ROUND_END, Bytes::new()).await.unwrap();
     lanes.first().unwrap().answer(wire::OK, "the pages").await.unwrap();
     let (took, used) = (started.elapsed().as_secs_f64(), processor() - used);
     let wire = lanes.traffic() as f64 / 1e9;

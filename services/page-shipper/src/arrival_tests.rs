@@ -81,7 +81,7 @@ fn count(batches: u64) -> Bytes {
 }
 
 async fn send(to: &mut Departure, kind: FrameKind, payload: Bytes) {
-    send_now(&mut to.connection, kind, payload).await.unwrap();
+    to.send_now(kind, payload).await.unwrap();
 }
 
 /// A manifest of some pages of one process.

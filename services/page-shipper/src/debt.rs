@@ -16,7 +16,7 @@ use haulage_pages::owed::{Ask, Errand, Frozen, Owed, Word};
 use haulage_pages::source::{SourceEngine, SourceError};
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::MigrationId;
-use haulage_service::bulk::{Departure, send_now, stream};
+use haulage_service::bulk::{Departure, stream};
 use haulage_transport::stream::{BulkReceiver, BulkSender};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
@@ -139,7 +139,7 @@ impl Debtor {
                 Err(fault) => return fault,
             };
             for frame in frames {
-                if let Err(fault) = send_now(&mut urgent.connection, BATCH, frame).await {
+                if let Err(fault) = urgent.send_now(BATCH, frame).await {
                     return fault;
                 }
             }

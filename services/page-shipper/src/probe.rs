@@ -93,7 +93,7 @@ async fn send_bursts(migration: &MigrationId, ask: &MeasureLink) -> Result<LinkM
                 return Err(to.why_it_ended(&error).await);
             }
         }
-        send_now(&mut to.connection, PROBE_END, Bytes::new()).await?;
+        to.send_now(PROBE_END, Bytes::new()).await?;
         let counted = to.answer(OK, "what it was sent").await?;
         probe.took(burst, began.elapsed());
         if counted.as_ref() != probe.sent.to_le_bytes() {

@@ -16,7 +16,7 @@ use haulage_protocol::page_shipper::{
 use haulage_protocol::policy::Policy;
 use haulage_protocol::secret::Token;
 use haulage_protocol::unit::{Bytes as Size, Micros, Pages};
-use haulage_service::bulk::{Departure, pace, send_now};
+use haulage_service::bulk::{Departure, pace};
 use haulage_transport::stream::Pace as Limit;
 
 use crate::PageShipper;
@@ -136,7 +136,7 @@ pub(crate) async fn round(
     let pace = Pace { rate, allowance: ask.allowance.0, last: ask.last, interval };
     let (engine, report, encoding) = lanes.ship(engine, move |engine, sink| engine.round(pace, sink)).await?;
     lanes.settle().await?;
-    send_now(&mut lanes.first()?.connection, ROUND_END, Bytes::new()).await?;
+    lanes.first()?.send_now(ROUND_END, Bytes::new()).await?;
     lanes.first()?.answer(OK, "the pages").await?;
     let wire = lanes.traffic().saturating_sub(before);
     let report = told(ask.round, &report, encoding, wire, began.elapsed());
@@ -169,7 +169,7 @@ pub(crate) async fn final_round(
             lanes.send(OWED, part.into()).await?;
         }
     }
-    send_now(&mut lanes.first()?.connection, FINISH, Bytes::new()).await?;
+    lanes.first()?.send_now(FINISH, Bytes::new()).await?;
     let finished = lanes.first()?.answer(FINISHED, "all pages").await?;
     let finished: Finished = serde_json::from_slice(&finished).map_err(fault(code::MALFORMED))?;
     let wire = lanes.traffic().saturating_sub(before);

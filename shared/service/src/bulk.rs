@@ -291,6 +291,19 @@ impl Departure {
         Ok(())
     }
 
+    /// Sends a frame at once.
+    ///
+    /// # Errors
+    /// When the connection fails, or the target has given up; then as it says.
+    pub async fn send_now(&mut self, kind: FrameKind, payload: Bytes) -> Result<(), Fault> {
+        let sent = self.connection.send(kind, payload).await;
+        let sent = if sent.is_ok() { self.connection.flush().await } else { sent };
+        match sent {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.why_it_ended(&error).await),
+        }
+    }
+
     /// Waits for an answer of kind `wanted`; `what` is that which the target is to have, for people.
     ///
     /// # Errors
@@ -299,22 +312,25 @@ impl Departure {
         let frame = tokio::time::timeout(ANSWER_WITHIN, self.connection.recv()).await.map_err(|_| {
             Fault::new(code::UNREACHABLE, format!("the target does not say that it has {what}"))
         })?;
-        match frame.map_err(|error| stream(&error))? {
-            Some(frame) if frame.kind == wanted => Ok(frame.payload),
-            Some(frame) if frame.kind == self.cargo.failed => Err(reason(&frame.payload)),
-            Some(frame) => {
+        match frame {
+            Ok(Some(frame)) if frame.kind == wanted => Ok(frame.payload),
+            Ok(Some(frame)) if frame.kind == self.cargo.failed => Err(reason(&frame.payload)),
+            Ok(Some(frame)) => {
                 let message = format!("the target answered with a frame {}", frame.kind.0);
                 Err(Fault::new(code::MALFORMED, message))
             }
-            None => Err(Fault::new(code::MALFORMED, "the target ended the connection")),
+            Ok(None) => Err(Fault::new(code::MALFORMED, "the target ended the connection")),
+            Err(error) => Err(self.why_it_ended(&error).await),
         }
     }
 
-    /// A target that gives up says why before it closes: that, or else `error`.
+    /// A target that gives up says why before it closes: that, or else `error`. Nothing more can be sent by then, so
+    /// that this only listens.
     pub async fn why_it_ended(&mut self, error: &StreamError) -> Fault {
-        match self.connection.expect(self.cargo.failed, REASON_WITHIN).await {
-            Ok(payload) => reason(&payload),
-            Err(_) => stream(error),
+        let (_, receiver) = self.connection.halves();
+        match tokio::time::timeout(REASON_WITHIN, receiver.recv()).await {
+            Ok(Ok(Some(frame))) if frame.kind == self.cargo.failed => reason(&frame.payload),
+            _ => stream(error),
         }
     }
 }

@@ -69,28 +69,60 @@ async fn one_source_with_the_token_is_let_in_and_answered() {
     assert_eq!(late.code.as_str(), "unknown_session");
 }
 
+/// How a source finds out that its target has given up.
+#[derive(Debug, Clone, Copy)]
+enum Finds {
+    Waiting,
+    Sending {
+        crates_of: usize,
+    },
+    SendingAtOnce,
+    /// With something in its buffer that cannot go any more.
+    WaitingAfterAFailure,
+}
+
 #[tokio::test]
-async fn a_target_that_gives_up_says_why_to_a_source_that_waits_and_to_one_that_sends() {
-    for waits in [true, false] {
+async fn a_target_that_gives_up_says_why_however_the_source_finds_out() {
+    for finds in [
+        Finds::Waiting,
+        Finds::Sending { crates_of: 1 << 20 },
+        Finds::Sending { crates_of: 1 },
+        Finds::SendingAtOnce,
+        Finds::WaitingAfterAFailure,
+    ] {
         let (migration, token) = (MigrationId::generate(), Token::generate());
         let (arrivals, mut gone) = opened(&migration, &token).await;
         let mut source = connect(&arrivals, &migration, &token).await.unwrap();
         source.connection.send(CRATE, Bytes::from_static(b"spoilt")).await.unwrap();
-        let fault = if waits {
-            source.answer(GOT_IT, "it").await.unwrap_err()
-        } else {
+        if !matches!(finds, Finds::Waiting) {
             source.connection.flush().await.unwrap();
             assert_eq!(gone.recv().await, None);
-            let (crates, ready) = mpsc::channel(1);
-            let giver =
-                tokio::spawn(
-                    async move { while crates.send(Bytes::from(vec![0; 1 << 20])).await.is_ok() {} },
-                );
-            let fault = source.send_all(CRATE, ready).await.unwrap_err();
-            giver.await.unwrap();
-            fault
+        }
+        let one_more = || Bytes::from_static(b"pears");
+        let fault = match finds {
+            Finds::Waiting => source.answer(GOT_IT, "it").await.unwrap_err(),
+            Finds::Sending { crates_of } => {
+                let (crates, ready) = mpsc::channel(1);
+                let giver = tokio::spawn(async move {
+                    while crates.send(Bytes::from(vec![0; crates_of])).await.is_ok() {}
+                });
+                let fault = source.send_all(CRATE, ready).await.unwrap_err();
+                giver.await.unwrap();
+                fault
+            }
+            Finds::SendingAtOnce => loop {
+                if let Err(fault) = source.send_now(CRATE, one_more()).await {
+                    break fault;
+                }
+            },
+            Finds::WaitingAfterAFailure => {
+                while source.connection.flush().await.is_ok() {
+                    source.connection.send(CRATE, one_more()).await.unwrap();
+                }
+                source.answer(GOT_IT, "it").await.unwrap_err()
+            }
         };
-        assert_eq!(fault.code.as_str(), "spoilt", "{fault}");
+        assert_eq!(fault.code.as_str(), "spoilt", "{finds:?}: {fault}");
         drop(arrivals);
     }
 }

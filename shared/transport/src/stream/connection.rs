@@ -137,21 +137,6 @@ impl BulkConnection {
         self.receiver.recv().await
     }
 
-    /// Flushes what was sent, then waits for one frame of `kind`, at most `within`.
-    ///
-    /// # Errors
-    /// [`StreamError::UnexpectedFrame`] for any other, [`StreamError::Truncated`] when the peer ends instead,
-    /// [`StreamError::Timeout`]; else as [`BulkReceiver::recv`].
-    pub async fn expect(&mut self, kind: FrameKind, within: Duration) -> Result<Bytes, StreamError> {
-        let frame =
-            timeout(within, self.recv()).await.map_err(|_| StreamError::Timeout { what: "answer" })??;
-        match frame {
-            Some(frame) if frame.kind == kind => Ok(frame.payload),
-            Some(frame) => Err(StreamError::UnexpectedFrame { got: frame.kind.0 }),
-            None => Err(StreamError::Truncated),
-        }
-    }
-
     /// From now on, sends no faster than `pace` allows.
     pub fn keep_pace(&mut self, pace: Arc<Pace>) {
         self.sender.pace = Some(pace);
