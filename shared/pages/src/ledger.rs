@@ -96,6 +96,13 @@ impl Ledger {
         unsure.fold(owed, |owed, (_, pages)| owed.union(&pages.intersect(exists)))
     }
 
+    /// How many pages [`Self::owed`] would name, nearly, with so many `written` since the last round.
+    pub fn left(&self, written: &RangeSet) -> u64 {
+        let left = self.pending.union(written);
+        let unsure = self.recent.iter().filter(|_| self.direct_io);
+        unsure.fold(left, |left, (_, pages)| left.union(pages)).page_count()
+    }
+
     /// The pages of `of` in runs that were written in the same rounds, ascending.
     pub fn runs(&self, of: &RangeSet) -> Vec<(Pattern, PageRange)> {
         self.history.runs(of)

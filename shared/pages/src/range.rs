@@ -146,6 +146,9 @@ impl RangeSet {
 
     /// Adds the pages of `range`.
     pub fn insert(&mut self, range: PageRange) {
+        if self.runs.last().is_none_or(|last| last.start <= range.start) {
+            return self.extend_last(Some(range));
+        }
         // The runs that overlap or touch the new one become one with it.
         let from = self.runs.partition_point(|run| run.end < range.start);
         let to = self.runs.partition_point(|run| run.start <= range.end);

@@ -267,16 +267,17 @@ impl SourceEngine {
         if self.tracker.method() == Method::None {
             return None;
         }
-        // Each on its own: one that ends meanwhile leaves nothing.
-        let scans = processes.iter().filter_map(|process| self.tracker.final_scan(&[*process]).ok());
-        let mut scans: Vec<_> = scans.flatten().collect();
-        scans.extend(self.shared.left(processes, self.tracker.as_mut())?);
         let none = Ledger::default();
-        let owed = scans.iter().map(|scan| {
-            let ledger = self.ledgers.get(&key_of(scan.process)).unwrap_or(&none);
-            ledger.owed(&scan.exists, &scan.unwritten).page_count()
-        });
-        Some(owed.sum())
+        let ledger = |process| self.ledgers.get(&key_of(process)).unwrap_or(&none);
+        // Each on its own: one that ends meanwhile leaves nothing.
+        let mut left = 0;
+        for process in processes {
+            left += self.tracker.written(*process).map_or(0, |written| ledger(*process).left(&written));
+        }
+        for scan in self.shared.left(processes, self.tracker.as_mut())? {
+            left += ledger(scan.process).owed(&scan.exists, &scan.unwritten).page_count();
+        }
+        Some(left)
     }
 
     /// Sends everything that the target does not have, of the frozen container, and says which pages exist.

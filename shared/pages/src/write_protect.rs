@@ -18,7 +18,7 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use haulage_sys::inject::{self, InjectError};
-use haulage_sys::pagemap::{Categories, Filter, Pagemap};
+use haulage_sys::pagemap::{Categories, Pagemap};
 use haulage_sys::uffd::WriteTracker;
 use haulage_sys::{ADDRESS_END, CallError, pidfd};
 
@@ -286,7 +286,7 @@ impl Held {
         maps: &Maps,
         mapped: &RangeSet,
     ) -> Result<(RangeSet, RangeSet), RoundError> {
-        let outside = unregistered(pagemap, mapped)?;
+        let outside = track::unregistered(pagemap, mapped)?;
         if outside.is_empty() {
             self.refused.clear();
             return Ok((RangeSet::new(), RangeSet::new()));
@@ -295,37 +295,18 @@ impl Held {
         self.refused.clear();
         let registered = self.register(maps, |range| outside.overlaps(range));
         let found = outside.intersect(&registered);
-        if !found.is_empty() && found == unregistered(pagemap, &found)? {
+        if !found.is_empty() && found == track::unregistered(pagemap, &found)? {
             return Err(RoundError::OtherMemory);
         }
         Ok((found, touched.into_iter().collect()))
     }
 }
 
-/// Pages of `within` that exist outside registered mappings.
-fn unregistered(pagemap: &mut Pagemap, within: &RangeSet) -> Result<RangeSet, CallError> {
-    let exists = track::exists();
-    let filter = Filter { none: exists.none | Categories::WP_ALLOWED, ..exists };
-    let mut found = RangeSet::new();
-    for run in within.iter() {
-        pagemap.scan(run.addresses(), filter, Categories::PRESENT, &mut |region| {
-            PageRange::of_addresses(region.start..region.end)
-                .into_iter()
-                .for_each(|range| found.insert(range));
-        })?;
-    }
-    Ok(found)
-}
-
 /// Pages of `within` that were written, protected again.
-///
-/// Only pages that hold something are asked for: otherwise holes would be protected too, and a sparse mapping of 64 GiB
-/// would cost 131 MB of page tables.
 fn protect_written(pagemap: &mut Pagemap, within: &RangeSet) -> Result<RangeSet, CallError> {
-    let filter = Filter { all: Categories::WP_ALLOWED | Categories::WRITTEN, ..track::exists() };
     let mut found = RangeSet::new();
     for run in within.iter() {
-        pagemap.scan_and_protect(run.addresses(), filter, Categories::WRITTEN, &mut |region| {
+        pagemap.scan_and_protect(run.addresses(), track::written(), Categories::WRITTEN, &mut |region| {
             PageRange::of_addresses(region.start..region.end)
                 .into_iter()
                 .for_each(|range| found.insert(range));
@@ -364,6 +345,16 @@ impl DirtyTracker for WriteProtect {
     fn collect(&mut self, processes: &[Process]) -> Vec<Collected> {
         self.follow_only(processes);
         processes.iter().filter_map(|process| self.collect_one(*process)).collect()
+    }
+
+    /// Asks the kernel for written pages only, which takes it a fraction of the time that a list of all takes.
+    fn written(&mut self, process: Process) -> Result<RangeSet, TrackError> {
+        let held = self.followed.get(&process.vpid).filter(|followed| followed.process == process);
+        let ours = match held.map(|followed| &followed.hold) {
+            Some(Hold::Held(held)) if held.tracker.is_alive().unwrap_or(false) => &held.ours,
+            _ => &RangeSet::new(),
+        };
+        track::written_within(process, ours)
     }
 
     fn final_scan(&mut self, processes: &[Process]) -> Result<Vec<FinalScan>, TrackError> {

@@ -316,6 +316,37 @@ fn a_process_that_writes_between_rounds() {
 }
 
 #[test]
+fn what_a_round_leaves_is_what_the_freeze_finds() {
+    for policy in [TransferPolicy::All, TransferPolicy::Adaptive] {
+        for tracker in trackers() {
+            let mut target = Target::start();
+            target.tell("map 0 2000; write 0 0 1500; map 1 600; write 1 0 600; shared 2 100; write 2 0 100");
+            let tracker = tracker(&target);
+            let method = tracker.method();
+            let mut moving = Move::begin(target, tracker, policy);
+            moving.round();
+            moving.tell("write 0 0 100");
+            // Written before they are read, while they are read, and where nothing was when the round looked.
+            let mut meanwhile =
+                Some("write 0 50 300; map 3 80; write 3 0 80; dontneed 1 0 200; read 1 0 100; write 2 7 9");
+            let Move { target, source, store, .. } = &mut moving;
+            let round = source.round(
+                Pace { rate: Some(20_000.0), allowance: 100, ..Pace::default() },
+                &mut |batch| {
+                    meanwhile.take().into_iter().for_each(|commands| target.tell(commands));
+                    into(store, &batch)
+                },
+            );
+            let left = round.unwrap().left_pages;
+            let last = moving.finish();
+            let found = (method != Method::None).then_some(last.data_pages + last.zero_pages);
+            assert_eq!(left, found, "{method:?}, {policy:?}");
+            assert!(left.is_none_or(|left| left >= 300 + 80 + 9), "{left:?}");
+        }
+    }
+}
+
+#[test]
 fn what_is_owed_at_the_freeze_and_comes_later_is_what_was_frozen() {
     for policy in [TransferPolicy::All, TransferPolicy::Adaptive] {
         for tracker in trackers() {
