@@ -20,6 +20,7 @@
 //! by its hashes. What does not fit is sent as if nothing were known. A container's memory counts what processes share
 //! once, so pages that do not fit are mostly those that can be named.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher, RandomState};
 
@@ -63,9 +64,8 @@ pub struct Known {
     by_number: Vec<(Owner, Label)>,
     leaves: HashMap<(u32, u64), Leaf>,
     most_leaves: usize,
-    /// In sets of [`WAYS`], by the account: owner's number (28 bits), page (36 bits), plus one; zero for none. May
-    /// be out of date.
-    places: Vec<u64>,
+    /// In sets of [`WAYS`], by the account. May be out of date.
+    places: Vec<Place>,
     round: u32,
     /// Owners whose pages have come in this round, the present one included.
     seen: HashSet<u32>,
@@ -92,7 +92,7 @@ impl Known {
             by_number: Vec::new(),
             leaves: HashMap::new(),
             most_leaves: (memory.div_ceil(LEAF_PAGES * PAGE_BYTES as u64)) as usize,
-            places: vec![0; places as usize],
+            places: vec![Place::default(); places as usize],
             round: 0,
             seen: HashSet::new(),
             named: Vec::new(),
@@ -177,28 +177,25 @@ impl Known {
 
     fn judge(&mut self, owner: u32, page: PageNo, bytes: &[u8]) -> Verdict {
         let hashes = self.account_for(bytes);
-        let before = self.account_of(owner, page);
+        let (before, remembered) = self.remember(owner, page, hashes);
         if before == hashes && before != UNKNOWN {
             return Verdict::Unchanged;
         }
-        let remembered = self.remember(owner, page, hashes);
-        let set = hashes.iter().fold(0_u64, |all, hash| all.rotate_left(5) ^ hash);
+        let mixed = hashes.iter().fold(0_u64, |all, hash| all.rotate_left(5) ^ hash);
         let sets = (self.places.len() / WAYS).max(1);
-        let first = (set % sets as u64) as usize * WAYS;
+        let first = (mixed % sets as u64) as usize * WAYS;
         let set = self.places.get(first..first + WAYS).unwrap_or_default();
-        let like = set.iter().filter_map(|packed| place(*packed)).find(|(other, like)| {
+        let like = set.iter().filter_map(|place| place.with(mixed)).find(|(other, like)| {
             let stays = if *other == owner { *like < page } else { self.seen.contains(other) };
             stays && self.account_of(*other, *like) == hashes
         });
         if let Some((other, like)) = like.filter(|_| self.named.len() < self.most_named) {
             return Verdict::Named(other, like);
         }
-        if remembered && owner < 1 << 28 {
-            let free = set.iter().position(|packed| *packed == 0);
+        if let Some(place) = Place::of(owner, page, mixed).filter(|_| remembered) {
+            let free = set.iter().position(Place::is_free);
             let at = free.unwrap_or_else(|| (hashes.first().copied().unwrap_or(0) % WAYS as u64) as usize);
-            if let Some(packed) = self.places.get_mut(first + at) {
-                *packed = (u64::from(owner) << PAGE_BITS | page.0) + 1;
-            }
+            self.places.get_mut(first + at).into_iter().for_each(|old| *old = place);
         }
         Verdict::Goes(match before == UNKNOWN {
             true => Parts::ALL,
@@ -235,17 +232,16 @@ impl Known {
         leaf.and_then(|leaf| leaf.get((page.0 % LEAF_PAGES) as usize)).copied().unwrap_or(UNKNOWN)
     }
 
-    /// False when there is no room for it; then nothing is known of the page.
-    fn remember(&mut self, owner: u32, page: PageNo, account: Account) -> bool {
-        let (key, full) = ((owner, page.0 / LEAF_PAGES), self.leaves.len() >= self.most_leaves);
-        if full && !self.leaves.contains_key(&key) {
-            return false;
-        }
-        let leaf = self.leaves.entry(key).or_insert_with(|| Box::new([UNKNOWN; LEAF_PAGES as usize]));
-        if let Some(known) = leaf.get_mut((page.0 % LEAF_PAGES) as usize) {
-            *known = account;
-        }
-        true
+    /// What was known of the page, and whether there was room for `account`; else nothing is known of it.
+    fn remember(&mut self, owner: u32, page: PageNo, account: Account) -> (Account, bool) {
+        let full = self.leaves.len() >= self.most_leaves;
+        let leaf = match self.leaves.entry((owner, page.0 / LEAF_PAGES)) {
+            Entry::Occupied(leaf) => leaf.into_mut(),
+            Entry::Vacant(_) if full => return (UNKNOWN, false),
+            Entry::Vacant(place) => place.insert(Box::new([UNKNOWN; LEAF_PAGES as usize])),
+        };
+        let known = leaf.get_mut((page.0 % LEAF_PAGES) as usize);
+        (known.map_or(UNKNOWN, |known| std::mem::replace(known, account)), true)
     }
 
     fn forget(&mut self, owner: u32, range: PageRange) {
@@ -261,10 +257,36 @@ impl Known {
     }
 }
 
-/// Owner's number and page.
-fn place(packed: u64) -> Option<(u32, PageNo)> {
-    let place = packed.checked_sub(1)?;
-    Some(((place >> PAGE_BITS) as u32, PageNo(place & ((1 << PAGE_BITS) - 1))))
+/// Where a page with an account is: some bits of the account, never all zero; its owner's number; its number. Zero for
+/// nowhere. By the bits, most pages with other accounts are told apart without a look at theirs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Place(u64);
+
+/// Owners with higher numbers have no places.
+const OWNER_BITS: u32 = 16;
+const TAG_BITS: u32 = u64::BITS - OWNER_BITS - PAGE_BITS;
+
+impl Place {
+    fn of(owner: u32, page: PageNo, mixed: u64) -> Option<Self> {
+        let fits = owner < 1 << OWNER_BITS && page.0 < 1 << PAGE_BITS;
+        fits.then_some(Self((Self::tag(mixed) << OWNER_BITS | u64::from(owner)) << PAGE_BITS | page.0))
+    }
+
+    /// The owner and the page, if its account may be the one that was mixed.
+    fn with(self, mixed: u64) -> Option<(u32, PageNo)> {
+        let (upper, page) = (self.0 >> PAGE_BITS, self.0 & ((1 << PAGE_BITS) - 1));
+        let owner = (upper & ((1 << OWNER_BITS) - 1)) as u32;
+        (upper >> OWNER_BITS == Self::tag(mixed)).then_some((owner, PageNo(page)))
+    }
+
+    fn is_free(&self) -> bool {
+        self.0 == 0
+    }
+
+    /// Of the upper bits: the lower ones say in which set it is.
+    fn tag(mixed: u64) -> u64 {
+        (mixed >> (u64::BITS - TAG_BITS)).max(1)
+    }
 }
 
 #[cfg(test)]
