@@ -1,9 +1,9 @@
 //! What a switch costs besides memory: as earlier moves between the same hosts have shown, else assumed.
 //!
 //! ```text
-//!  freeze ─┬─ dump ──────────────┬─ ship ─ join ─ start        the fixed cost is all of this
-//!          ├─ last file pass ────┤
-//!          └─ last round ────────┴──────┐                      without what the last round takes longer
+//!  freeze ─┬─ dump ──────────┬─ ship ──┬─ join ─ start        the fixed cost is all of this
+//!          ├─ last file pass ┘         │
+//!          └─ last round ──────────────┴──────┐               without what the last round takes longer
 //! ```
 
 use std::fmt;
@@ -78,7 +78,7 @@ pub fn cost_of(migration: &Migration) -> Option<Micros> {
         return None;
     }
     let split = timing::freeze_split(migration)?;
-    let for_memory = split.last_round.since(split.dump.max(split.files));
+    let for_memory = split.last_round.since(split.dump.max(split.files) + split.ship);
     Some(split.total.since(for_memory))
 }
 

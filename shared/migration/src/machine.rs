@@ -247,6 +247,9 @@ impl Migration {
     /// Moves on while nothing is pending; parallel effects are waited for, also when one has failed, so that undo does
     /// not race with what it undoes.
     fn advance(&mut self, now: Micros) -> Vec<(Step, Effect)> {
+        if self.can_ship_early() {
+            return vec![self.ask(Effect::ShipImages, now)];
+        }
         while self.pending.is_empty() && self.phase != Phase::Done {
             let effects = match self.following(now) {
                 Following::Stay(effect) => vec![self.ask(effect, now)],
@@ -265,6 +268,14 @@ impl Migration {
             }
         }
         Vec::new()
+    }
+
+    /// The dump need not wait for the last round of memory: it goes beside it, once the files of the frozen container,
+    /// which take the same way, have gone.
+    fn can_ship_early(&self) -> bool {
+        let is_alone = self.pending.values().all(|effect| *effect == Effect::FinalRound);
+        let may = self.phase == Phase::Switch && self.fault.is_none() && self.facts.dumped.is_some();
+        may && is_alone && !self.pending.is_empty() && !self.attempted.contains(&Effect::ShipImages)
     }
 
     fn following(&self, now: Micros) -> Following {
@@ -399,7 +410,10 @@ impl Migration {
             }
             // Whatever could forbid the move is asked before the target runs: once it does, it answers clients, and
             // undoing it would lose what they were told.
-            Phase::Ship => vec![Effect::ShipImages, Effect::ConfirmHold, Effect::ConfirmLease],
+            Phase::Ship => {
+                let ship = Some(Effect::ShipImages).filter(|ship| !self.attempted.contains(ship));
+                ship.into_iter().chain([Effect::ConfirmHold, Effect::ConfirmLease]).collect()
+            }
             Phase::Restore => vec![Effect::Restore],
             Phase::Verify => vec![Effect::Verify],
             Phase::Commit => vec![Effect::PersistFiles, Effect::Adopt],

@@ -7,7 +7,7 @@ use crate::phase::Phase;
 use crate::record::Migration;
 
 /// The parts of the downtime, in microseconds on the coordinator's clock. The parts that run in parallel
-/// (`dump`, `last_round`, `files`) overlap, so they add up to more than `total`.
+/// (`dump` and `files`, with `ship` after both, and `last_round`) overlap, so they add up to more than `total`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
 pub struct FreezeSplit {
     /// From the first task that stands still to the container running on the target.

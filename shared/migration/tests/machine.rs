@@ -563,6 +563,41 @@ fn a_container_that_stands_still_for_too_long_is_let_go_whatever_is_under_way() 
 }
 
 #[test]
+fn the_dump_goes_beside_the_last_round_once_it_and_the_files_are_done() {
+    let (record, world, under_way) = entered(Phase::Switch, Options::default());
+    let answer = |record: &Migration, all: &[(Step, Effect)], effect| {
+        let (step, _) = all.iter().find(|(_, asked)| *asked == effect).unwrap();
+        record.step(Event::Done(*step, world.success(effect)), Micros(1)).unwrap()
+    };
+    let failed = |record: &Migration, effect| {
+        let (step, _) = under_way.iter().find(|(_, asked)| *asked == effect).unwrap();
+        record.step(Event::Failed(*step, Fault::new(code::INTERNAL, "")), Micros(1)).unwrap()
+    };
+    let mut next = record;
+    for effect in [Effect::TakePackets, Effect::Dump] {
+        let transition = answer(&next, &under_way, effect);
+        assert_eq!(transition.effects, [], "{effect}");
+        next = transition.next;
+    }
+    let lost = failed(&next, Effect::SyncFrozen);
+    assert_eq!(lost.effects, [], "nothing begins once something has failed");
+    let Transition { next, effects: ship } = answer(&next, &under_way, Effect::SyncFrozen);
+    assert_eq!((ship.len(), ship[0].1, next.phase), (1, Effect::ShipImages, Phase::Switch));
+    for (first, second) in [(&ship, &under_way), (&under_way, &ship)] {
+        let effect = |all| if all == &ship { Effect::ShipImages } else { Effect::FinalRound };
+        let Transition { next, effects } = answer(&next, first, effect(first));
+        assert_eq!((effects.len(), next.phase), (0, Phase::Switch));
+        let Transition { next, effects } = answer(&next, second, effect(second));
+        let asked: Vec<_> = effects.iter().map(|(_, effect)| *effect).collect();
+        assert_eq!((next.phase, asked), (Phase::Ship, vec![Effect::ConfirmHold, Effect::ConfirmLease]));
+    }
+    let broken = failed(&next, Effect::FinalRound);
+    assert_eq!((broken.effects.len(), broken.next.phase), (0, Phase::Switch), "the undo waits for it");
+    let Transition { effects, .. } = answer(&broken.next, &ship, Effect::ShipImages);
+    assert_eq!(effects.first().map(|(_, effect)| *effect), Some(Effect::RollBackSource));
+}
+
+#[test]
 fn time_matters_only_while_the_source_alone_decides() {
     for phase in [Phase::PreCopy, Phase::Restore, Phase::Verify, Phase::Commit, Phase::Retire] {
         let (record, _, _) = entered(phase, Options::default());
