@@ -30,7 +30,7 @@ fn hardship(fleet: &Fleet, kind: &str) -> Result<()> {
 fn what_is_hard_to_move_arrives_whole() -> Result<()> {
     system(&Fleet::builder(), |fleet| {
         // Where the freeze finds a churn is another moment of its life every time.
-        let memfds = ["sealed", "locked", "owned"];
+        let memfds = ["sealed", "locked", "owned", "described"];
         for kind in
             memfds.into_iter().chain(["sparse", "guard", "churn", "churn", "churn", "direct", "crowd"])
         {

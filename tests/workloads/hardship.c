@@ -12,6 +12,7 @@
  *   locked       a memfd that is locked as a whole and in part, by its open file, which a second process uses as well, beside
  *                one that is not
  *   owned        a memfd by whose descriptor the process is to be sent a signal
+ *   described    a memfd with an owner, a mode, seals, and descriptors in two processes that differ in everything
  * and such as cannot be moved: userfaultfd, io_uring, traced, a memfd that is record_locked, by its process, and one that is
  * passed: its descriptor is in a socket, and nobody takes it out.
  *
@@ -36,6 +37,7 @@
 #include <sys/mman.h>
 #include <sys/ptrace.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
 #include <sys/wait.h>
@@ -197,6 +199,71 @@ static void check_owned(void) {
 	check_by(memfd, base);
 	bad += misses(fcntl(memfd, F_GETOWN) == getpid(), "owner of the open file");
 	bad += misses(fcntl(memfd, F_GETSIG) == SIGURG, "signal of the open file");
+}
+
+/* The descriptor that made it, another number of the same open file, and one that was opened anew; the second process has
+ * not the first, and one of its own. */
+enum { MADE = 20, AGAIN = 21, READER = 22, APPENDER = 23, SEALS = F_SEAL_SHRINK | F_SEAL_GROW, UID = 1234, GID = 4321 };
+enum { START = 12345, READ_FROM = 77 };
+static char *fixed;
+static off_t moved;
+
+static void number(int fd, int to, int flags) {
+	if (fd < 0 || dup3(fd, to, flags) != to) die("dup3");
+	close(fd);
+}
+
+/* What both processes see. */
+static int is_misdescribed(void) {
+	char name[64] = { 0 };
+	struct stat is;
+	int found = misses(readlink("/proc/self/fd/22", name, sizeof name - 1) > 0 && !strcmp(name, "/memfd:described (deleted)"), "name");
+	found += misses(fstat(READER, &is) == 0 && (is.st_mode & 07777) == 0640, "mode");
+	found += misses(is.st_uid == UID && is.st_gid == GID, "owner");
+	found += misses(is.st_size == PAGES * PAGE, "length");
+	found += misses(fcntl(READER, F_GET_SEALS) == SEALS, "seals");
+	found += misses((fcntl(AGAIN, F_GETFL) & (O_ACCMODE | O_APPEND | O_NONBLOCK)) == O_RDWR, "flags of the first open file");
+	found += misses((fcntl(READER, F_GETFL) & (O_ACCMODE | O_APPEND | O_NONBLOCK)) == (O_RDONLY | O_NONBLOCK), "flags of the reader");
+	found += misses(fcntl(AGAIN, F_GETFD) == 0 && fcntl(READER, F_GETFD) == FD_CLOEXEC, "close-on-exec");
+	found += misses(lseek(READER, 0, SEEK_CUR) == READ_FROM, "position of the reader");
+	found += misses(pwrite(READER, "x", 1, 0) < 0 && errno == EBADF, "writing to the reader");
+	found += misses(mprotect(fixed, PAGE, PROT_READ | PROT_WRITE) < 0 && errno == EACCES, "protection of a mapping of the reader");
+	return found;
+}
+
+static void have_appender(void) {
+	close(MADE);
+	number(reopened(AGAIN, O_WRONLY | O_APPEND), APPENDER, 0);
+}
+
+static int is_misdescribed_here(void) {
+	int found = is_misdescribed();
+	found += misses(fcntl(MADE, F_GETFD) < 0 && errno == EBADF, "a descriptor that was closed");
+	found += misses((fcntl(APPENDER, F_GETFL) & (O_ACCMODE | O_APPEND)) == (O_WRONLY | O_APPEND), "flags of the appender");
+	found += misses(fcntl(APPENDER, F_GETFD) == 0, "close-on-exec of the appender");
+	return found;
+}
+
+static void begin_described(const char *name) {
+	number(begin_memfd(name), MADE, O_CLOEXEC);
+	number(fcntl(MADE, F_DUPFD, 60), AGAIN, 0);
+	if (fchmod(MADE, 0640) || fchown(MADE, UID, GID) || fcntl(MADE, F_ADD_SEALS, SEALS)) die("described");
+	number(reopened(MADE, O_RDONLY | O_NONBLOCK), READER, O_CLOEXEC);
+	if (lseek(READER, READ_FROM, SEEK_SET) < 0 || lseek(MADE, START, SEEK_SET) < 0) die("lseek");
+	fixed = mmap(NULL, PAGES * PAGE, PROT_READ, MAP_SHARED, READER, 0);
+	if (fixed == MAP_FAILED) die("mmap");
+	have_partner(have_appender, is_misdescribed_here);
+}
+
+static void check_described(void) {
+	check_pages();
+	check_by(READER, fixed);
+	bad += is_misdescribed();
+	bad += misses(fcntl(MADE, F_GETFD) == FD_CLOEXEC, "close-on-exec of the first descriptor");
+	/* One open file, one position. */
+	moved++;
+	bad += misses(lseek(MADE, 1, SEEK_CUR) == START + moved && lseek(AGAIN, 0, SEEK_CUR) == START + moved, "position of the first open file");
+	check_partner();
 }
 
 static void pass(int fd) {
@@ -420,6 +487,9 @@ int main(int argc, char **argv) {
 	} else if (!strcmp(kind, "owned")) {
 		begin_owned(kind);
 		work = change_page; check = check_owned;
+	} else if (!strcmp(kind, "described")) {
+		begin_described(kind);
+		work = change_page; check = check_described;
 	} else if (!strcmp(kind, "record_locked")) {
 		struct flock lock = lock_of_page(F_WRLCK);
 		if (fcntl(begin_memfd(kind), F_SETLK, &lock)) die("lock");
@@ -439,7 +509,7 @@ int main(int argc, char **argv) {
 		if (!child) for (;;) pause();
 		if (child < 0 || ptrace(PTRACE_SEIZE, child, 0, 0)) die("ptrace");
 	} else {
-		fprintf(stderr, "usage: hardship sparse|crowd|guard|churn|direct|tmpfs|sealed|locked|owned|record_locked|passed|userfaultfd|io_uring|traced\n");
+		fprintf(stderr, "usage: hardship sparse|crowd|guard|churn|direct|tmpfs|sealed|locked|owned|described|record_locked|passed|userfaultfd|io_uring|traced\n");
 		return 2;
 	}
 	for (int answered = 0;;) {
