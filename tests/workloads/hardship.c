@@ -9,8 +9,12 @@
  *   tmpfs        files in /dev/shm: one of MEBIBYTES (64) that is mapped and written to all the time, one that is mapped only
  *                while it is written to, one that is deleted, and a socket
  *   sealed       a memfd that is sealed against further writing, and written to by the mapping that it has
- * and such as cannot be moved: userfaultfd, io_uring, traced, and a memfd that is locked, or passed: its descriptor is in a
- * socket, and nobody takes it out.
+ *   locked       a memfd that is locked as a whole and in part, by its open file, which a second process uses as well, beside
+ *                one that is not
+ *   owned        a memfd by whose descriptor the process is to be sent a signal
+ *   described    a memfd with an owner, a mode, seals, and descriptors in two processes that differ in everything
+ * and such as cannot be moved: userfaultfd, io_uring, traced, a memfd that is record_locked, by its process, and one that is
+ * passed: its descriptor is in a socket, and nobody takes it out.
  *
  * It prints, as dirtier does,
  *   verdict NUMBER operations OPERATIONS bad FAULTS
@@ -33,6 +37,7 @@
 #include <sys/mman.h>
 #include <sys/ptrace.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
 #include <sys/wait.h>
@@ -102,6 +107,165 @@ static int begin_memfd(const char *name) {
 	return fd;
 }
 
+static void check_pages(void) {
+	for (uint64_t p = 0; p < pages; p++) bad += is_bad(base + p * stride, p, count[p]);
+}
+
+/* Another process that has the memfd has the last page for itself: how often it has looked, and how often in vain. */
+static volatile uint64_t *partner;
+
+static void have_partner(void (*begin)(void), int (*is_wrong)(void)) {
+	partner = (uint64_t *)(base + --pages * stride);
+	partner[0] = partner[1] = 0;
+	pid_t child = fork();
+	if (child < 0) die("fork");
+	if (child) return;
+	for (begin();; rest()) { partner[1] += (uint64_t)is_wrong(); partner[0]++; }
+}
+
+static void check_partner(void) {
+	uint64_t before = partner[0];
+	for (int wait = 0; wait < 5000 && partner[0] - before < 2; wait++) rest();
+	bad += partner[1] + (partner[0] - before < 2);
+}
+
+/* Whoever looks at the container's log learns what was wrong. */
+static int misses(int holds, const char *what) {
+	if (!holds) dprintf(1, "process %d: %s\n", (int)getpid(), what);
+	return !holds;
+}
+
+/* What is held against the pages by a descriptor and by another mapping. */
+static void check_by(int fd, const char *at) {
+	char page[PAGE];
+	uint64_t differ = 0;
+	for (uint64_t p = 0; p < pages; p++)
+		differ += pread(fd, page, PAGE, (off_t)(p * PAGE)) != PAGE || is_bad(page, p, count[p]) || is_bad(at + p * PAGE, p, count[p]);
+	bad += misses(!differ, "pages by a descriptor or a mapping");
+}
+
+static int memfd = -1, other_memfd = -1, reader = -1;
+static char *other;
+
+static int reopened(int fd, int flags) {
+	char path[32];
+	snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+	int found = open(path, flags);
+	if (found < 0) die(path);
+	return found;
+}
+
+static struct flock lock_of_page(int type) {
+	return (struct flock){ .l_type = (short)type, .l_whence = SEEK_SET, .l_start = PAGE, .l_len = PAGE };
+}
+
+static void look_at_lock(void) { reader = reopened(memfd, O_RDONLY); }
+
+static int is_unlocked(void) {
+	struct flock lock = lock_of_page(F_WRLCK);
+	int found = misses(flock(reader, LOCK_SH | LOCK_NB) == -1 && errno == EWOULDBLOCK, "lock of the whole");
+	return found + misses(!fcntl(reader, F_OFD_GETLK, &lock) && lock.l_type == F_WRLCK, "lock of a page");
+}
+
+static void begin_locked(const char *name) {
+	struct flock lock = lock_of_page(F_WRLCK);
+	other_memfd = begin_memfd("other");
+	other = base;
+	memfd = begin_memfd(name);
+	if (flock(memfd, LOCK_EX) || fcntl(memfd, F_OFD_SETLK, &lock)) die("lock");
+	have_partner(look_at_lock, is_unlocked);
+}
+
+static void change_both(void) {
+	uint64_t p = operations % pages;
+	fill(base + p * stride, p, ++count[p]);
+	fill(other + p * stride, p, count[p]);
+}
+
+static void check_locked(void) {
+	check_pages();
+	check_by(memfd, base);
+	check_by(other_memfd, other);
+	check_partner();
+}
+
+static void begin_owned(const char *name) {
+	memfd = begin_memfd(name);
+	if (fcntl(memfd, F_SETOWN, getpid()) || fcntl(memfd, F_SETSIG, SIGURG)) die("owner");
+}
+
+static void check_owned(void) {
+	check_pages();
+	check_by(memfd, base);
+	bad += misses(fcntl(memfd, F_GETOWN) == getpid(), "owner of the open file");
+	bad += misses(fcntl(memfd, F_GETSIG) == SIGURG, "signal of the open file");
+}
+
+/* The descriptor that made it, another number of the same open file, and one that was opened anew; the second process has
+ * not the first, and one of its own. */
+enum { MADE = 20, AGAIN = 21, READER = 22, APPENDER = 23, SEALS = F_SEAL_SHRINK | F_SEAL_GROW, UID = 1234, GID = 4321 };
+enum { START = 12345, READ_FROM = 77 };
+static char *fixed;
+static off_t moved;
+
+static void number(int fd, int to, int flags) {
+	if (fd < 0 || dup3(fd, to, flags) != to) die("dup3");
+	close(fd);
+}
+
+/* What both processes see. */
+static int is_misdescribed(void) {
+	char name[64] = { 0 };
+	struct stat is;
+	int found = misses(readlink("/proc/self/fd/22", name, sizeof name - 1) > 0 && !strcmp(name, "/memfd:described (deleted)"), "name");
+	found += misses(fstat(READER, &is) == 0 && (is.st_mode & 07777) == 0640, "mode");
+	found += misses(is.st_uid == UID && is.st_gid == GID, "owner");
+	found += misses(is.st_size == PAGES * PAGE, "length");
+	found += misses(fcntl(READER, F_GET_SEALS) == SEALS, "seals");
+	found += misses((fcntl(AGAIN, F_GETFL) & (O_ACCMODE | O_APPEND | O_NONBLOCK)) == O_RDWR, "flags of the first open file");
+	found += misses((fcntl(READER, F_GETFL) & (O_ACCMODE | O_APPEND | O_NONBLOCK)) == (O_RDONLY | O_NONBLOCK), "flags of the reader");
+	found += misses(fcntl(AGAIN, F_GETFD) == 0 && fcntl(READER, F_GETFD) == FD_CLOEXEC, "close-on-exec");
+	found += misses(lseek(READER, 0, SEEK_CUR) == READ_FROM, "position of the reader");
+	found += misses(pwrite(READER, "x", 1, 0) < 0 && errno == EBADF, "writing to the reader");
+	found += misses(mprotect(fixed, PAGE, PROT_READ | PROT_WRITE) < 0 && errno == EACCES, "protection of a mapping of the reader");
+	return found;
+}
+
+static void have_appender(void) {
+	close(MADE);
+	number(reopened(AGAIN, O_WRONLY | O_APPEND), APPENDER, 0);
+}
+
+static int is_misdescribed_here(void) {
+	int found = is_misdescribed();
+	found += misses(fcntl(MADE, F_GETFD) < 0 && errno == EBADF, "a descriptor that was closed");
+	found += misses((fcntl(APPENDER, F_GETFL) & (O_ACCMODE | O_APPEND)) == (O_WRONLY | O_APPEND), "flags of the appender");
+	found += misses(fcntl(APPENDER, F_GETFD) == 0, "close-on-exec of the appender");
+	return found;
+}
+
+static void begin_described(const char *name) {
+	number(begin_memfd(name), MADE, O_CLOEXEC);
+	number(fcntl(MADE, F_DUPFD, 60), AGAIN, 0);
+	if (fchmod(MADE, 0640) || fchown(MADE, UID, GID) || fcntl(MADE, F_ADD_SEALS, SEALS)) die("described");
+	number(reopened(MADE, O_RDONLY | O_NONBLOCK), READER, O_CLOEXEC);
+	if (lseek(READER, READ_FROM, SEEK_SET) < 0 || lseek(MADE, START, SEEK_SET) < 0) die("lseek");
+	fixed = mmap(NULL, PAGES * PAGE, PROT_READ, MAP_SHARED, READER, 0);
+	if (fixed == MAP_FAILED) die("mmap");
+	have_partner(have_appender, is_misdescribed_here);
+}
+
+static void check_described(void) {
+	check_pages();
+	check_by(READER, fixed);
+	bad += is_misdescribed();
+	bad += misses(fcntl(MADE, F_GETFD) == FD_CLOEXEC, "close-on-exec of the first descriptor");
+	/* One open file, one position. */
+	moved++;
+	bad += misses(lseek(MADE, 1, SEEK_CUR) == START + moved && lseek(AGAIN, 0, SEEK_CUR) == START + moved, "position of the first open file");
+	check_partner();
+}
+
 static void pass(int fd) {
 	int ends[2];
 	char byte = 0, space[CMSG_SPACE(sizeof fd)] = { 0 };
@@ -111,10 +275,6 @@ static void pass(int fd) {
 	header->cmsg_level = SOL_SOCKET; header->cmsg_type = SCM_RIGHTS; header->cmsg_len = CMSG_LEN(sizeof fd);
 	memcpy(CMSG_DATA(header), &fd, sizeof fd);
 	if (socketpair(AF_UNIX, SOCK_DGRAM, 0, ends) || sendmsg(ends[0], &message, 0) != 1) die("sendmsg");
-}
-
-static void check_pages(void) {
-	for (uint64_t p = 0; p < pages; p++) bad += is_bad(base + p * stride, p, count[p]);
 }
 
 /* Between every two pages lies one that must not be touched. The kernel tries for us. */
@@ -322,7 +482,17 @@ int main(int argc, char **argv) {
 		if (fcntl(begin_memfd(kind), F_ADD_SEALS, F_SEAL_FUTURE_WRITE)) die("seal");
 		work = change_page; check = check_pages;
 	} else if (!strcmp(kind, "locked")) {
-		if (flock(begin_memfd(kind), LOCK_EX)) die("flock");
+		begin_locked(kind);
+		work = change_both; check = check_locked;
+	} else if (!strcmp(kind, "owned")) {
+		begin_owned(kind);
+		work = change_page; check = check_owned;
+	} else if (!strcmp(kind, "described")) {
+		begin_described(kind);
+		work = change_page; check = check_described;
+	} else if (!strcmp(kind, "record_locked")) {
+		struct flock lock = lock_of_page(F_WRLCK);
+		if (fcntl(begin_memfd(kind), F_SETLK, &lock)) die("lock");
 		work = change_page; check = check_pages;
 	} else if (!strcmp(kind, "passed")) {
 		pass(begin_memfd(kind));
@@ -339,7 +509,7 @@ int main(int argc, char **argv) {
 		if (!child) for (;;) pause();
 		if (child < 0 || ptrace(PTRACE_SEIZE, child, 0, 0)) die("ptrace");
 	} else {
-		fprintf(stderr, "usage: hardship sparse|crowd|guard|churn|direct|tmpfs|sealed|locked|passed|userfaultfd|io_uring|traced\n");
+		fprintf(stderr, "usage: hardship sparse|crowd|guard|churn|direct|tmpfs|sealed|locked|owned|described|record_locked|passed|userfaultfd|io_uring|traced\n");
 		return 2;
 	}
 	for (int answered = 0;;) {

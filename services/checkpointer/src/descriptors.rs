@@ -1,8 +1,11 @@
 //! The descriptors of memfds that the page-shipper carries: CRIU is not to see them, and the images say instead what they
 //! are.
 //!
-//! What CRIU would have carried with a descriptor and we do not is refused here: a lock, or an owner that is to be told of
-//! what happens to the file.
+//! What CRIU carries with a descriptor and we do not is a lock that an open file has, or an owner that is to be told of what
+//! happens to it. A memfd with a descriptor that has either is CRIU's: with all its mappings and descriptors, in every
+//! process, and its content, whatever of it has gone in rounds. A lock that a process has nobody carries: CRIU loses it,
+//! since it takes the lock first and maps the file by a descriptor that it closes then, with which the kernel gives up
+//! all such locks of a process on a file. That is refused here.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -25,6 +28,70 @@ const CLOEXEC: u32 = 0o200_0000;
 /// `O_PATH` of `open(2)`.
 const PATH_ONLY: u32 = 0o1000_0000;
 
+/// The open descriptors of one frozen process, as they are.
+#[derive(Default)]
+pub(crate) struct Table {
+    all: Vec<Open>,
+}
+
+/// An open descriptor.
+struct Open {
+    number: u32,
+    target: PathBuf,
+    memfd: Option<OpenMemfd>,
+}
+
+/// What it is of, if that is a memfd.
+struct OpenMemfd {
+    id: ObjectId,
+    position: u64,
+    flags: u32,
+    is_criu_s: bool,
+}
+
+impl Table {
+    /// That of `process`. Of `memfds`, and of no others, it says what they are open as.
+    ///
+    /// # Errors
+    /// When that cannot be known, or the process has a lock on one of them.
+    pub(crate) fn read(process: Process, memfds: &BTreeSet<ObjectId>) -> Result<Self, Fault> {
+        let mut all = Vec::new();
+        let directory = PathBuf::from(format!("/proc/{}/fd", process.pid));
+        let opened = pidfd::open(process.pid).map_err(fault(DUMP))?;
+        for entry in fs::read_dir(&directory).map_err(fault(DUMP))? {
+            let path = entry.map_err(fault(DUMP))?.path();
+            let number = number_of(&path).ok_or_else(|| unreadable(&path))?;
+            let target = fs::read_link(&path).map_err(fault(DUMP))?;
+            let id = object::behind(&path, &target).map_err(fault(DUMP))?.filter(|id| memfds.contains(id));
+            let memfd = id.map(|id| open_memfd(process, &opened, number, id)).transpose()?;
+            all.push(Open { number, target, memfd });
+        }
+        Ok(Self { all })
+    }
+
+    /// The memfds that only CRIU can carry with all that this process has of them.
+    pub(crate) fn criu_s(&self) -> impl Iterator<Item = ObjectId> {
+        let memfds = self.all.iter().filter_map(|open| open.memfd.as_ref());
+        memfds.filter(|memfd| memfd.is_criu_s).map(|memfd| memfd.id)
+    }
+}
+
+fn open_memfd(process: Process, opened: &OwnedFd, number: u32, id: ObjectId) -> Result<OpenMemfd, Fault> {
+    let path = PathBuf::from(format!("/proc/{}/fdinfo/{number}", process.pid));
+    let text = fs::read_to_string(&path).map_err(fault(DUMP))?;
+    let FdInfo { position, flags, lock } = FdInfo::parse(&text).ok_or_else(|| unreadable(&path))?;
+    if lock == Lock::OfProcess {
+        return Err(refused(process, number));
+    }
+    let mut is_criu_s = lock == Lock::OfFile;
+    if flags & PATH_ONLY == 0 {
+        let number = RawFd::try_from(number).map_err(fault(DUMP))?;
+        let ours = pidfd::get_fd(opened.as_fd(), number).map_err(fault(DUMP))?;
+        is_criu_s |= pidfd::has_owner(&ours).map_err(fault(DUMP))?;
+    }
+    Ok(OpenMemfd { id, position, flags, is_criu_s })
+}
+
 /// Open files of memfds, over all processes, and the first descriptor that was found of each.
 #[derive(Default)]
 pub(crate) struct OpenFiles {
@@ -44,21 +111,17 @@ impl OpenFiles {
     /// The descriptors of a frozen process, of which those of `memfds` are left out.
     ///
     /// # Errors
-    /// When they cannot be known, or cannot be carried.
+    /// When it cannot be known which are of one open file.
     pub(crate) fn descriptors(
         &mut self,
         process: Process,
+        table: Table,
         memfds: &BTreeSet<ObjectId>,
     ) -> Result<Descriptors, Fault> {
         let mut all = Descriptors::default();
-        let directory = PathBuf::from(format!("/proc/{}/fd", process.pid));
-        let opened = pidfd::open(process.pid).map_err(fault(DUMP))?;
-        for entry in fs::read_dir(&directory).map_err(fault(DUMP))? {
-            let path = entry.map_err(fault(DUMP))?.path();
-            let number = number_of(&path).ok_or_else(|| unreadable(&path))?;
-            let target = fs::read_link(&path).map_err(fault(DUMP))?;
-            match object::behind(&path, &target).map_err(fault(DUMP))?.filter(|id| memfds.contains(id)) {
-                Some(id) => all.left_out.push(self.leave_out(process, &opened, number, id)?),
+        for Open { number, target, memfd } in table.all {
+            match memfd.filter(|memfd| memfds.contains(&memfd.id)) {
+                Some(memfd) => all.left_out.push(self.leave_out(process, number, &memfd)?),
                 None => all.shown.push((number, target)),
             }
         }
@@ -68,35 +131,24 @@ impl OpenFiles {
     fn leave_out(
         &mut self,
         process: Process,
-        opened: &OwnedFd,
         number: u32,
-        id: ObjectId,
+        memfd: &OpenMemfd,
     ) -> Result<LeftOutDescriptor, Fault> {
-        let descriptor = RawFd::try_from(number).map_err(fault(DUMP))?;
-        let path = PathBuf::from(format!("/proc/{}/fdinfo/{number}", process.pid));
-        let text = fs::read_to_string(&path).map_err(fault(DUMP))?;
-        let about = FdInfo::parse(&text).ok_or_else(|| unreadable(&path))?;
-        if about.is_locked {
-            return Err(refused(process, number, "a lock"));
-        }
-        let ours = pidfd::get_fd(opened.as_fd(), descriptor).map_err(fault(DUMP))?;
-        if about.flags & PATH_ONLY == 0 && pidfd::has_owner(&ours).map_err(fault(DUMP))? {
-            return Err(refused(process, number, "an owner that is sent signals (F_SETOWN)"));
-        }
-        let here = (process.pid, descriptor);
+        let here = (process.pid, RawFd::try_from(number).map_err(fault(DUMP))?);
+        let object = memfd.id.0;
         let mut index = None;
-        for (at, (_, first)) in self.files.iter().enumerate().filter(|(_, (file, _))| file.object == id.0) {
+        for (at, (_, first)) in self.files.iter().enumerate().filter(|(_, (file, _))| file.object == object) {
             if pidfd::are_same_file(*first, here).map_err(fault(DUMP))? {
                 index = Some(at);
                 break;
             }
         }
         let index = index.unwrap_or_else(|| {
-            let (flags, position) = (about.flags & !CLOEXEC, about.position);
-            self.files.push((LeftOutFile { object: id.0, flags, position }, here));
+            let (flags, position) = (memfd.flags & !CLOEXEC, memfd.position);
+            self.files.push((LeftOutFile { object, flags, position }, here));
             self.files.len() - 1
         });
-        let flags = if about.flags & CLOEXEC == 0 { 0 } else { CLOSE_ON_EXEC };
+        let flags = if memfd.flags & CLOEXEC == 0 { 0 } else { CLOSE_ON_EXEC };
         let file = u32::try_from(index).map_err(fault(DUMP))?;
         Ok(LeftOutDescriptor { number, flags, file })
     }
@@ -111,7 +163,18 @@ impl OpenFiles {
 struct FdInfo {
     position: u64,
     flags: u32,
-    is_locked: bool,
+    lock: Lock,
+}
+
+/// Who has a lock on a file, as far as one descriptor shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lock {
+    None,
+    /// The open file, and with it all who have a descriptor of that (`flock(2)`, `F_OFD_SETLK` and `F_SETLEASE` of
+    /// `fcntl(2)`).
+    OfFile,
+    /// The process (`F_SETLK`).
+    OfProcess,
 }
 
 impl FdInfo {
@@ -120,7 +183,16 @@ impl FdInfo {
             text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
         };
         let flags = u32::from_str_radix(value("flags")?, 8).ok()?;
-        Some(Self { position: value("pos")?.parse().ok()?, flags, is_locked: value("lock").is_some() })
+        let mut lock = Lock::None;
+        for line in text.lines().filter_map(|line| line.strip_prefix("lock:")) {
+            // A number with a colon is first.
+            match line.split_whitespace().nth(1)? {
+                "POSIX" => lock = Lock::OfProcess,
+                _ if lock == Lock::None => lock = Lock::OfFile,
+                _ => {}
+            }
+        }
+        Some(Self { position: value("pos")?.parse().ok()?, flags, lock })
     }
 }
 
@@ -132,9 +204,13 @@ fn unreadable(path: &Path) -> Fault {
     fault(DUMP)(io::Error::other(format!("{} is not understood", path.display())))
 }
 
-fn refused(process: Process, number: u32, what: &str) -> Fault {
-    let message = format!("descriptor {number} of process {}, of a memfd, has {what}", process.vpid);
-    Fault::new(DUMP, message).remedy("the container goes on; such a descriptor cannot be moved")
+fn refused(process: Process, number: u32) -> Fault {
+    let message = format!(
+        "process {} has a lock (F_SETLK) on a memfd that is mapped, its descriptor {number}",
+        process.vpid
+    );
+    Fault::new(DUMP, message)
+        .remedy("the container goes on; such a lock would be lost: move it when it has none")
 }
 
 #[cfg(test)]
@@ -144,9 +220,17 @@ mod tests {
     #[test]
     fn what_is_said_of_a_descriptor_is_understood() {
         let about = FdInfo::parse("pos:\t4097\nflags:\t02100002\nmnt_id:\t15\nino:\t1033\n").unwrap();
-        assert_eq!((about.position, about.flags, about.is_locked), (4097, CLOEXEC | 0o10_0002, false));
-        let locked = "pos:\t0\nflags:\t0100000\nlock:\t1: FLOCK  ADVISORY  WRITE 7 00:01:1033 0 EOF\n";
-        assert!(FdInfo::parse(locked).unwrap().is_locked);
+        assert_eq!((about.position, about.flags, about.lock), (4097, CLOEXEC | 0o10_0002, Lock::None));
+        let lock_of = |kinds: &[&str]| {
+            let locks = kinds.iter().zip(1..).map(|(kind, number)| {
+                format!("lock:\t{number}: {kind}  ADVISORY  WRITE 7 00:01:1033 0 EOF\n")
+            });
+            let text = format!("pos:\t0\nflags:\t0100000\n{}", locks.collect::<String>());
+            FdInfo::parse(&text).unwrap().lock
+        };
+        assert_eq!(lock_of(&["FLOCK"]), Lock::OfFile);
+        assert_eq!(lock_of(&["OFDLCK", "LEASE"]), Lock::OfFile);
+        assert_eq!(lock_of(&["FLOCK", "POSIX", "OFDLCK"]), Lock::OfProcess);
         assert!(FdInfo::parse("pos:\t0\n").is_none());
     }
 }

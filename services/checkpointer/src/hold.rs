@@ -1,6 +1,6 @@
 //! The dump, and the hold that follows it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use haulage_criu::shared::{LeftOut, LeftOutProcess, SharedObject};
 use haulage_engine::{BundleFacts, TmpfsFacts};
 use haulage_pages::in_flight::Rings;
 use haulage_pages::maps::Maps;
-use haulage_pages::object::{self, Memfd};
+use haulage_pages::object::{self, Memfd, ObjectId};
 use haulage_pages::process::{self, Process, Vpid};
 use haulage_protocol::checkpointer::{Confirmed, Dump, Dumped, Network, SourceTmpfs};
 use haulage_protocol::fault::{Fault, code};
@@ -30,7 +30,7 @@ use haulage_sys::pagemap::Pagemap;
 use haulage_sys::rcu::Expedited;
 
 use crate::Checkpointer;
-use crate::descriptors::{Descriptors, OpenFiles};
+use crate::descriptors::{Descriptors, OpenFiles, Table};
 use crate::failure::{DUMP, fault, joined};
 use crate::freeze::{FREEZE_WITHIN, io_in_flight};
 use crate::notes::{DUMP as DUMP_DIR, Notes};
@@ -160,17 +160,27 @@ fn guards(all: &[(Process, Maps)]) -> Result<Guards, Fault> {
 }
 
 fn hide(mask: &mut PagemapMask, all: &[(Process, Maps)], images: &Path) -> Result<(), Fault> {
-    let objects = object::carried(all).map_err(fault(DUMP))?;
+    let mut objects = object::carried(all).map_err(fault(DUMP))?;
+    let mut memfds = BTreeMap::new();
+    for (id, mappings) in &objects {
+        let memfd = object::memfd(*id, mappings).map_err(fault(DUMP))?;
+        memfds.extend(memfd.map(|memfd| (*id, described(memfd))));
+    }
+    let tables = tables(all, &memfds.keys().copied().collect())?;
+    for id in tables.iter().flat_map(Table::criu_s) {
+        if memfds.remove(&id).is_some() {
+            tracing::info!(memfd = id.0, "locked or with an owner for signals: left to criu");
+        }
+        objects.remove(&id);
+    }
+    let ours: BTreeSet<_> = memfds.keys().copied().collect();
     let mut left_out = LeftOut::default();
-    let mut memfds = BTreeSet::new();
     for (id, mappings) in &objects {
         let size = object::size(*id, mappings).map_err(fault(DUMP))?;
-        let memfd = object::memfd(*id, mappings).map_err(fault(DUMP))?.map(described);
-        memfds.extend(memfd.as_ref().map(|_| *id));
-        left_out.objects.push(SharedObject { id: id.0, size, memfd });
+        left_out.objects.push(SharedObject { id: id.0, size, memfd: memfds.remove(id) });
     }
     let mut files = OpenFiles::default();
-    for (process, maps) in all {
+    for ((process, maps), table) in all.iter().zip(tables) {
         let hidden: Vec<_> = maps.tracked().map(|pages| pages.addresses()).collect();
         let theirs = objects.values().flatten().filter(|mapping| mapping.process == *process);
         let unknown: Vec<_> = theirs.map(|mapping| mapping.pages.addresses()).collect();
@@ -178,11 +188,7 @@ fn hide(mask: &mut PagemapMask, all: &[(Process, Maps)], images: &Path) -> Resul
         let needless: Vec<_> =
             hidden.iter().filter(|range| range.end - range.start >= LARGE).cloned().collect();
         let mappings = mask.cover_shared(pid, &hidden, &unknown, &needless).map_err(fault(DUMP))?;
-        let mut descriptors = Descriptors::default();
-        if !memfds.is_empty() {
-            descriptors = files.descriptors(*process, &memfds)?;
-        }
-        let Descriptors { shown, left_out: descriptors } = descriptors;
+        let Descriptors { shown, left_out: descriptors } = files.descriptors(*process, table, &ours)?;
         if !descriptors.is_empty() {
             mask.cover_descriptors(pid, &shown).map_err(fault(DUMP))?;
         }
@@ -195,6 +201,15 @@ fn hide(mask: &mut PagemapMask, all: &[(Process, Maps)], images: &Path) -> Resul
         left_out.write(images).map_err(fault(DUMP))?;
     }
     Ok(())
+}
+
+/// The descriptors of each process; of none, where there are no memfds to look for.
+fn tables(all: &[(Process, Maps)], memfds: &BTreeSet<ObjectId>) -> Result<Vec<Table>, Fault> {
+    let read = |(process, _): &(Process, Maps)| match memfds.is_empty() {
+        true => Ok(Table::default()),
+        false => Table::read(*process, memfds),
+    };
+    all.iter().map(read).collect()
 }
 
 fn described(memfd: Memfd) -> LeftOutMemfd {

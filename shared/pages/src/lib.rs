@@ -4,7 +4,7 @@
 //! ```text
 //!  source host                                                        target host
 //!  process, maps ─► track (write_protect | soft_dirty | none)
-//!  object, contents ─► shared │ dirty, forgotten
+//!  object, contents, given_back ─► shared │ dirty, forgotten
 //!                      ▼
 //!                    ledger ◄─ policy, adaptive, history
 //!                      │ pages to send
@@ -34,6 +34,7 @@ pub mod encode;
 mod entries;
 pub mod frame;
 mod gather;
+mod given_back;
 pub mod history;
 pub mod in_flight;
 mod index;

@@ -5,6 +5,7 @@
 //! - all that a mapping shows which is new, or has been: whatever was done through it went unseen;
 //! - pages that held nothing the last time;
 //! - pages of a memfd that are not as they were sent, if its time of change says that there may be some ([`crate::contents`]);
+//! - pages without a name that somebody may have taken out, and that are zeros now ([`crate::given_back`]);
 //! - everything, if some process may have been born and have died in between, or the kernel may have taken pages out of
 //!   page tables ([`crate::births`]); of a memfd, what a comparison finds.
 //!
@@ -19,6 +20,7 @@ use std::io;
 
 use crate::births::Births;
 use crate::contents::{Contents, Look};
+use crate::given_back::GivenBack;
 use crate::maps::{Maps, MapsError};
 use crate::object::{self, Label, ObjectId, ObjectMapping};
 use crate::process::{Process, Vpid};
@@ -44,6 +46,8 @@ struct Known {
     label: Label,
     /// Where there may be descriptors of it.
     contents: Option<Contents>,
+    /// Of use where there are none.
+    given_back: GivenBack,
     extents: RangeSet,
     /// Mappings that have been registered since.
     mappings: Vec<ObjectMapping>,
@@ -127,17 +131,10 @@ impl SharedMemory {
             let Some(process) = self.stand_in(id, &mappings) else { continue };
             let Some(known) = self.objects.get_mut(&id) else { continue };
             let writes = writes(&known.mappings, &mappings, &scans);
-            let Ok((extents, differing)) = known.collect(&writes.dirty, unsure, is_last) else {
+            let Ok((extents, mut dirty)) = known.collect(&writes.dirty, unsure, is_last) else {
                 // What the page tables said is forgotten with this: everything counts as written the next time.
                 (known.extents, known.mappings) = (RangeSet::new(), Vec::new());
                 continue;
-            };
-            let mut dirty = match unsure && known.contents.is_none() {
-                true => extents.clone(),
-                false => {
-                    let written = writes.dirty.union(&differing);
-                    written.union(&extents.subtract(&known.extents)).intersect(&extents)
-                }
             };
             (known.extents, known.mappings) = (extents.clone(), writes.followed);
             if writes.unknown {
@@ -204,12 +201,8 @@ impl SharedMemory {
             // missing, the join refuses.
             let Some(process) = self.stand_in(id, &mappings) else { continue };
             let Some(known) = self.objects.get(&id) else { continue };
-            let (exists, differing) = known.scan(unsure, compares).map_err(TrackError::Shared)?;
             let writes = writes(&known.mappings, &mappings, &scans);
-            let unwritten = match unsure && known.contents.is_none() || writes.unknown {
-                true => RangeSet::new(),
-                false => exists.intersect(&known.extents).subtract(&writes.dirty).subtract(&differing),
-            };
+            let (exists, unwritten) = known.scan(&writes, unsure, compares).map_err(TrackError::Shared)?;
             all.push(FinalScan { process, exists, unwritten });
         }
         Ok(all)
@@ -223,7 +216,8 @@ impl SharedMemory {
                 mappings.iter().find_map(|mapping| Some((mapping.open(id).ok()?, mapping.label().ok()?)));
             let (file, label) = opened?;
             let contents = (!label.is_anonymous()).then(Contents::new);
-            place.insert(Known { file, label, contents, extents: RangeSet::new(), mappings: Vec::new() });
+            let (given_back, extents, mappings) = Default::default();
+            place.insert(Known { file, label, contents, given_back, extents, mappings });
         }
         let next = u32::try_from(self.numbers.len()).ok()?;
         let number = *self.numbers.entry(id).or_insert(next);
@@ -232,27 +226,42 @@ impl SharedMemory {
 }
 
 impl Known {
-    /// The pages that exist, and those that are known not to be as they were sent, beside what page tables have `told`.
+    /// The pages that exist, and those of them that are not known to be as they were sent, for all that page tables have
+    /// `told`.
     fn collect(&mut self, told: &RangeSet, unsure: bool, is_last: bool) -> io::Result<(RangeSet, RangeSet)> {
         // Before all else: what is written from here on shows the next time.
         let look = Look::at(&self.file)?;
         let extents = object::extents(&self.file)?;
-        let differing = match &mut self.contents {
-            Some(contents) => contents.collect(&self.file, &extents, told, look, unsure, is_last)?,
-            None => RangeSet::new(),
+        let written = told.union(&extents.subtract(&self.extents)).intersect(&extents);
+        let dirty = match &mut self.contents {
+            Some(contents) => {
+                let differing = contents.collect(&self.file, &extents, told, look, unsure, is_last)?;
+                written.union(&differing.intersect(&extents))
+            }
+            None => {
+                let written = if unsure { extents.clone() } else { written };
+                let zeros = self.given_back.collect(&self.file, &extents, &written, is_last)?;
+                written.union(&zeros)
+            }
         };
-        Ok((extents, differing))
+        Ok((extents, dirty))
     }
 
-    /// The same when frozen, if pages are to be compared; changes nothing.
-    fn scan(&self, unsure: bool, compares: bool) -> io::Result<(RangeSet, RangeSet)> {
+    /// The pages that exist when frozen, and those of them that are as they were sent. Changes nothing. Only if it
+    /// `compares`, memory is looked at and not page tables alone.
+    fn scan(&self, writes: &Writes, unsure: bool, compares: bool) -> io::Result<(RangeSet, RangeSet)> {
         let look = Look::at(&self.file)?;
         let extents = object::extents(&self.file)?;
-        let differing = match self.contents.as_ref().filter(|_| compares) {
+        if writes.unknown || unsure && self.contents.is_none() {
+            return Ok((extents, RangeSet::new()));
+        }
+        let unwritten = extents.intersect(&self.extents).subtract(&writes.dirty);
+        let others = match &self.contents {
+            _ if !compares => RangeSet::new(),
             Some(contents) => contents.scan(&self.file, &extents, look, unsure)?,
-            None => RangeSet::new(),
+            None => self.given_back.scan(&self.file, &unwritten)?,
         };
-        Ok((extents, differing))
+        Ok((extents, unwritten.subtract(&others)))
     }
 }
 

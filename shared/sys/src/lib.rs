@@ -46,6 +46,7 @@ pub mod standstill;
 mod thread_choice;
 pub mod tmpfs;
 pub mod uffd;
+pub mod view;
 pub mod vm_flags;
 pub mod vm_read;
 

@@ -184,3 +184,26 @@ fn a_final_round_that_came_to_nothing_leaves_the_account_of_a_memfd_as_it_was() 
     moving.source.round(Pace::default(), &mut |batch| into(store, &batch)).unwrap();
     moving.finish();
 }
+
+#[test]
+fn shared_memory_that_is_given_back_and_then_read() {
+    if cannot_write_protect() {
+        return;
+    }
+    for (policy, rounds) in
+        [(TransferPolicy::All, 0), (TransferPolicy::All, 2), (TransferPolicy::Adaptive, 1)]
+    {
+        let mut target = Target::start_apart();
+        target.tell("shared 0 3000; write 0 0 2500; shared 1 50; write 1 0 50; fork");
+        let mut moving = Move::begin(target, Box::new(WriteProtect::new().unwrap()), policy);
+        for _ in 0..2 {
+            moving.round();
+        }
+        // What is read then is zeros, by the table of pages as the kernel keeps it still protected.
+        moving.tell("punch 0 100 50; read 0 100 50; write 0 2000 9; punch 1 7 1; read 1 7 1");
+        for _ in 0..rounds {
+            moving.round();
+        }
+        moving.finish();
+    }
+}
