@@ -108,9 +108,9 @@ fn a_target_that_runs_out_of_room_refuses_and_the_container_goes_on() -> Result<
         redis.carries_on()?;
         only_on(fleet, "web", 0)?;
         fleet.hosts().iter().try_for_each(nothing_left_on)?;
-        resize(fleet, "50%")?;
-
-        // The same on the disk, where the images of all but memory come to, with the container standing still.
+        // The same on the disk, where the images of all but memory come to where memory has room for the pages only, with
+        // the container standing still.
+        resize(fleet, "128m")?;
         let disk = fleet.host(1).state_dir().join("migrations");
         let mut mount = fleet.host(1).command(Path::new("mount"));
         process::finish(mount.args(["-t", "tmpfs", "-o", "size=128k", "none"]).arg(&disk))?;
@@ -120,6 +120,7 @@ fn a_target_that_runs_out_of_room_refuses_and_the_container_goes_on() -> Result<
         redis.carries_on()?;
         only_on(fleet, "web", 0)?;
         fleet.hosts().iter().try_for_each(nothing_left_on)?;
+        resize(fleet, "50%")?;
         fleet.migrate("web", 0, 1)?.committed()?;
         redis.carries_on()?;
         redis.finish().map(drop)

@@ -48,7 +48,7 @@ pub(crate) async fn commit(
             }
         }
     }
-    Notes::forget(&dir).await?;
+    Notes::forget(service.config.scratch(&migration)).await?;
     Ok(Committed {})
 }
 

@@ -26,8 +26,9 @@ use crate::drift;
 use crate::failure::{self, EXEC_SESSION, FREEZE, IO_IN_FLIGHT, fault, joined};
 use crate::hold::{Session, State};
 use crate::inspect::{bundle, volume_root};
-use crate::notes::Notes;
+use crate::notes::{DUMP, Notes};
 use crate::obstacle;
+use crate::room;
 
 /// How long a cgroup may take to freeze. It takes well under a millisecond unless a task is stuck in the kernel.
 pub(crate) const FREEZE_WITHIN: Duration = Duration::from_secs(5);
@@ -82,7 +83,8 @@ fn prepare(
     let spec = &captured.spec;
     let bundle = bundle(&spec.id, captured.state.pid)?;
     // It may have begun since it was inspected, and the dump would fail for it.
-    obstacle::refuse(&process::list(&bundle.cgroup.procs_file).map_err(fault(FREEZE))?, &FREEZE)?;
+    let processes = process::list(&bundle.cgroup.procs_file).map_err(fault(FREEZE))?;
+    obstacle::refuse(&processes, &FREEZE)?;
     let volumes =
         spec.volumes().filter(|(_, volume)| !volume.anonymous).map(|(_, volume)| volume.name.clone());
     let dir = service.config.migration_dir(migration);
@@ -106,6 +108,8 @@ fn prepare(
         volumes: volumes.collect(),
     };
     notes.write(&dir).map_err(fault(FREEZE))?;
+    let room = room::of_images(&processes)?;
+    service.config.scratch(migration).make(DUMP, room.0).map_err(fault(FREEZE))?;
     let mask = PagemapMask::prepare(&service.criu, Path::new(DEFAULT_PARENT)).map_err(fault(FREEZE))?;
     let change = quiet::Change::to_silence(&namespace).map_err(fault(FREEZE))?;
     let state = State::Frozen(mask);

@@ -90,8 +90,8 @@ fn dump_frozen(
         }
     };
     let began = Instant::now();
-    let dir = service.config.migration_dir(migration);
-    let (images, work) = (dir.join(DUMP_DIR).join("images"), dir.join(DUMP_DIR).join("work"));
+    let dir = service.config.scratch(migration).find(DUMP_DIR);
+    let (images, work) = (dir.join("images"), dir.join("work"));
     for dir in [&images, &work] {
         std::fs::create_dir_all(dir).map_err(fault(DUMP))?;
     }

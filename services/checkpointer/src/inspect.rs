@@ -22,6 +22,7 @@ use crate::Checkpointer;
 use crate::failure::{self, joined};
 use crate::freeze::mapped_writable;
 use crate::obstacle;
+use crate::room;
 
 const NOT_INSPECTABLE: FaultCode = FaultCode::known("not_inspectable");
 /// The longest path of a tmpfs in the container that is good for a root's name, which has 300 bytes at most.
@@ -80,6 +81,7 @@ fn describe(
         cgroup_procs: text(&bundle.cgroup.procs_file)?,
         processes: u32::try_from(processes.len()).unwrap_or(u32::MAX),
         memory,
+        images: room::of_images(&processes)?,
         disk: roots.iter().map(|root| on_disk(Path::new(&root.path))).sum(),
         image_size,
         roots,

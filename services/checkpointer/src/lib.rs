@@ -21,6 +21,7 @@ mod inspect;
 mod notes;
 mod obstacle;
 mod roll_back;
+mod room;
 mod throttle;
 
 use std::collections::HashMap;

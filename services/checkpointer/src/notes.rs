@@ -8,6 +8,7 @@ use haulage_engine::RestartPolicy;
 use haulage_protocol::fault::Fault;
 use haulage_protocol::id::ContainerId;
 use haulage_service::notes;
+use haulage_service::scratch::Scratch;
 use serde::{Deserialize, Serialize};
 
 use crate::failure::{RELEASE, blocking, fault};
@@ -50,13 +51,12 @@ impl Notes {
     }
 
     /// As [`Notes::remove`], off the executor.
-    pub(crate) async fn forget(dir: &Path) -> Result<(), Fault> {
-        let dir = dir.to_owned();
-        blocking(move || Self::remove(&dir).map_err(fault(RELEASE))).await
+    pub(crate) async fn forget(scratch: Scratch) -> Result<(), Fault> {
+        blocking(move || Self::remove(&scratch).map_err(fault(RELEASE))).await
     }
 
     /// Removes them and everything else that this service keeps of the migration.
-    fn remove(dir: &Path) -> io::Result<()> {
-        notes::remove(dir, &[DUMP, FILE])
+    fn remove(scratch: &Scratch) -> io::Result<()> {
+        scratch.remove(&[DUMP, FILE])
     }
 }

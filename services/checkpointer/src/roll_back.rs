@@ -53,7 +53,7 @@ pub(crate) async fn undo(service: &Arc<Checkpointer>, migration: &MigrationId) -
             _ => {}
         }
     }
-    Notes::forget(&dir).await?;
+    Notes::forget(service.config.scratch(migration)).await?;
     Ok(RolledBack { thawed_at })
 }
 

@@ -77,7 +77,9 @@ pub(crate) async fn perform(
             ask.target(PullImage { image: ask.inspected()?.image.clone() }).await.map(Success::Pulled)
         }
         Effect::Create => {
-            ask.target(Create { spec: ask.inspected()?.spec.clone() }).await.map(Success::Created)
+            let Inspected { spec, memory, images, .. } = ask.inspected()?;
+            let create = Create { spec: spec.clone(), memory: *memory, images: *images };
+            ask.target(create).await.map(Success::Created)
         }
         Effect::OpenPages => {
             let open = OpenPages { token: record.token.clone(), memory: ask.inspected()?.memory };

@@ -1,7 +1,6 @@
 //! The target role: receive into the page store.
 
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 
 use haulage_pages::store::StoreLimits;
@@ -11,7 +10,7 @@ use haulage_protocol::id::MigrationId;
 use haulage_protocol::page_shipper::{OpenPages, PagesOpened};
 use haulage_protocol::unit::Bytes as Size;
 use haulage_service::config::HostConfig;
-use haulage_service::notes;
+use haulage_service::scratch::{has_ample_room, room_in};
 
 use crate::PageShipper;
 use crate::arrival::{Arrival, Kept};
@@ -46,14 +45,8 @@ pub(crate) async fn open(
 /// container holds it again. Refused at once where neither has room for it; what a container needs more than it did when
 /// it was looked at is found out when it comes.
 fn place(config: &HostConfig, migration: &MigrationId, memory: Size) -> Result<PathBuf, Fault> {
-    const COPIES_WITH_ROOM_TO_SPARE: u64 = 4;
-    let ample = memory.0.saturating_mul(COPIES_WITH_ROOM_TO_SPARE);
-    match available() {
-        Ok(available) if available >= ample && room_in(&config.page_dir) >= memory.0 => {
-            return Ok(config.memory_dir(migration));
-        }
-        Ok(_) => {}
-        Err(error) => tracing::warn!(%error, "the room in memory is not known, pages go to disk"),
+    if has_ample_room(&config.page_dir, memory.0) {
+        return Ok(config.memory_dir(migration));
     }
     let room = room_in(&config.state_dir);
     if room >= memory.0 {
@@ -67,33 +60,13 @@ fn place(config: &HostConfig, migration: &MigrationId, memory: Size) -> Result<P
     Err(Fault::new(STORE, message).remedy(MAKE_ROOM))
 }
 
-/// Free space in bytes of the file system that `dir`, or the nearest directory above it that exists, is on.
-fn room_in(dir: &Path) -> u64 {
-    let known = dir.ancestors().find_map(|dir| rustix::fs::statvfs(dir).ok());
-    known.map_or(0, |about| about.f_bavail.saturating_mul(about.f_frsize))
-}
-
-/// `MemAvailable` of proc_meminfo(5), in bytes.
-fn available() -> io::Result<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo")?;
-    let field = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib =
-        field.and_then(|field| field.trim().strip_suffix(" kB")).and_then(|kib| kib.parse::<u64>().ok());
-    kib.map(|kib| kib.saturating_mul(1024))
-        .ok_or_else(|| io::Error::other("/proc/meminfo has no MemAvailable"))
-}
-
 /// Removes the store, wherever it is, and lets go of its shared memory.
 pub(crate) async fn remove_store(service: Arc<PageShipper>, migration: MigrationId) -> Result<(), Fault> {
     let kept = service.kept.lock().unwrap_or_else(PoisonError::into_inner).remove(&migration);
     let work = move || {
         // Where no container has it, the kernel takes its time to free it.
         drop(kept);
-        let config = &service.config;
-        [config.memory_dir(&migration), config.migration_dir(&migration)]
-            .iter()
-            .try_for_each(|dir| notes::remove(dir, &[STORE_DIR]))
-            .map_err(fault(STORE))
+        service.config.scratch(&migration).remove(&[STORE_DIR]).map_err(fault(STORE))
     };
     joined(tokio::task::spawn_blocking(work).await)
 }

@@ -12,7 +12,7 @@ use haulage_protocol::syncer::TargetRoot;
 use haulage_service::chain;
 
 use crate::check::decode;
-use crate::failure::{self, CONFLICT, ENGINE, STATE, fault};
+use crate::failure::{self, CONFLICT, ENGINE, STATE, blocking, fault};
 use crate::finish;
 use crate::notes::{Notes, working_name};
 use crate::{IMAGES, Restorer};
@@ -29,7 +29,9 @@ pub(crate) async fn create(
         finish::undo(service.clone(), migration.clone()).await?;
     }
     let spec: ContainerSpec = decode("the container", ask.spec)?;
-    let made = make(&service, &migration, &dir, spec).await;
+    // Of images there are two sets, the one that comes and the one that is joined with the pages.
+    let room = ask.memory.0.saturating_add(ask.images.0.saturating_mul(2));
+    let made = make(&service, &migration, &dir, spec, room).await;
     if made.is_err()
         && let Err(error) = finish::undo(service.clone(), migration.clone()).await
     {
@@ -43,6 +45,7 @@ async fn make(
     migration: &MigrationId,
     dir: &Path,
     spec: ContainerSpec,
+    room: u64,
 ) -> Result<Created, Fault> {
     let docker = &service.docker;
     let mut notes = Notes::of(spec);
@@ -83,8 +86,8 @@ async fn make(
     for difference in compare(&notes.spec, &ours.spec, Stage::Created) {
         tracing::warn!(%migration, %difference, "the container is not quite what it was");
     }
-    let images = dir.join(IMAGES);
-    tokio::fs::create_dir_all(&images).await.map_err(fault(STATE))?;
+    let scratch = service.config.scratch(migration);
+    let images = blocking(move || scratch.make(IMAGES, room).map_err(fault(STATE))).await?;
     let roots = roots(docker, &ours.spec, images).await?;
     Ok(Created { container: id.parse().map_err(fault(ENGINE))?, roots })
 }

@@ -83,7 +83,7 @@ pub(crate) async fn adopt(
     }
     service.disarm(id).await?;
     service.memories.forget(&migration);
-    notes.forget(&dir).await?;
+    notes.forget(service.config.scratch(&migration)).await?;
     Ok(Adopted {})
 }
 
@@ -117,7 +117,7 @@ pub(crate) async fn undo(service: Arc<Restorer>, migration: MigrationId) -> Resu
             _ => {}
         }
     }
-    notes.forget(&dir).await?;
+    notes.forget(service.config.scratch(&migration)).await?;
     Ok(Undone {})
 }
 

@@ -7,6 +7,7 @@ use haulage_engine::ContainerSpec;
 use haulage_protocol::fault::Fault;
 use haulage_protocol::id::MigrationId;
 use haulage_service::notes;
+use haulage_service::scratch::Scratch;
 use serde::{Deserialize, Serialize};
 
 use crate::failure::{STATE, blocking, fault};
@@ -80,13 +81,12 @@ impl Notes {
     }
 
     /// As [`Notes::remove`], off the executor.
-    pub(crate) async fn forget(self, dir: &Path) -> Result<(), Fault> {
-        let dir = dir.to_owned();
-        blocking(move || self.remove(&dir).map_err(fault(STATE))).await
+    pub(crate) async fn forget(self, scratch: Scratch) -> Result<(), Fault> {
+        blocking(move || self.remove(&scratch).map_err(fault(STATE))).await
     }
 
     /// Removes them and everything else that this service keeps of the migration.
-    fn remove(&self, dir: &Path) -> io::Result<()> {
-        notes::remove(dir, &[crate::IMAGES, crate::COMPLETE, crate::WORK, FILE])
+    fn remove(&self, scratch: &Scratch) -> io::Result<()> {
+        scratch.remove(&[crate::IMAGES, crate::COMPLETE, crate::WORK, FILE])
     }
 }

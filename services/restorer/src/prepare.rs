@@ -35,7 +35,7 @@ use tokio::task::JoinHandle;
 use crate::failure::{STATE, blocking, fault};
 use crate::notes::Notes;
 use crate::restore::failed;
-use crate::{COMPLETE, Restorer, WORK};
+use crate::{COMPLETE, IMAGES, Restorer, WORK};
 
 /// How long the engine may take until the runtime waits.
 const READY_WITHIN: Duration = Duration::from_secs(60);
@@ -122,7 +122,8 @@ pub(crate) async fn prepare(
     let began = Instant::now();
     let network = network(&notes.spec);
     let id = ask.container.as_str();
-    let (complete, work) = (dir.join(COMPLETE), dir.join(WORK));
+    let (scratch, work) = (service.config.scratch(&migration), dir.join(WORK));
+    let complete = blocking(move || scratch.make_beside(COMPLETE, IMAGES).map_err(fault(STATE))).await?;
     let armed = Armed {
         lazy_pages: true,
         network_first: network == Network::Made,
@@ -133,9 +134,7 @@ pub(crate) async fn prepare(
     let listener = {
         let (service, migration, id) = (service.clone(), migration.clone(), id.to_owned());
         blocking(move || {
-            for made in [&work, &complete] {
-                fs::create_dir_all(made).map_err(fault(STATE))?;
-            }
+            fs::create_dir_all(&work).map_err(fault(STATE))?;
             // runc reads them before it asks for the state.
             let descriptors = serde_json::to_vec(&ask.descriptors).map_err(fault(STATE))?;
             fs::write(complete.join(DESCRIPTORS), descriptors).map_err(fault(STATE))?;

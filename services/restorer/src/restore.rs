@@ -55,14 +55,17 @@ pub(crate) async fn restore(
                 let start = Micros::from_duration(began.elapsed());
                 return Ok(Restored { at: now(), merge: Micros(0), start, since: Micros(0) });
             }
-            let descriptors = descriptors(&dir.join(IMAGES)).map_err(fault(BAD_IMAGES))?;
+            let images = service.config.scratch(&migration).find(IMAGES);
+            let descriptors = descriptors(&images).map_err(fault(BAD_IMAGES))?;
             let ask = Prepare { container: ask.container.clone(), store: ask.store.clone(), descriptors };
             prepare(service.clone(), migration.clone(), ask).await?;
             let taken = || Fault::new(code::INTERNAL, "a runtime that waited was taken by another command");
             service.starts.take(&migration).ok_or_else(taken)?
         }
     };
-    let (received, complete, store) = (dir.join(IMAGES), dir.join(COMPLETE), PathBuf::from(&ask.store));
+    let scratch = service.config.scratch(&migration);
+    let (received, complete) = (scratch.find(IMAGES), scratch.find(COMPLETE));
+    let store = PathBuf::from(&ask.store);
     let (shared, tmpfs) = blocking(move || {
         Ok((join::join(&received, &store, &complete)?, filled(&ask.tmpfs).map_err(fault(RESTORE))?))
     })

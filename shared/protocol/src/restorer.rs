@@ -52,6 +52,12 @@ pub struct Checked {
 pub struct Create {
     /// The container (`Inspected::spec`).
     pub spec: Value,
+    /// Its memory (`Inspected::memory`), for which there must be room too.
+    #[serde(default)]
+    pub memory: Bytes,
+    /// What CRIU's images of it may come to (`Inspected::images`).
+    #[serde(default)]
+    pub images: Bytes,
 }
 
 /// The answer to [`Create`].

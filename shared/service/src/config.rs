@@ -26,7 +26,8 @@ pub struct HostConfig {
     /// Where migrations keep what they must not lose.
     #[arg(long, env = "HAUL_STATE_DIR", default_value = "/var/lib/haul", value_name = "DIR")]
     pub state_dir: PathBuf,
-    /// A tmpfs, for the memory of containers that arrive, while it has ample room; else it goes to the state directory.
+    /// A tmpfs, for the memory of containers that arrive and for the images of those that leave or arrive, while it has ample
+    /// room; else they go to the state directory.
     #[arg(long, env = "HAUL_PAGE_DIR", default_value = "/dev/shm", value_name = "DIR")]
     pub page_dir: PathBuf,
     /// The socket of this host's Docker engine.

@@ -1,5 +1,5 @@
 //! What every service's process has in common: configuration, logs, connection, announcement, stopping; and what
-//! several services of a host do alike: bulk sessions, notes, faults.
+//! several services of a host do alike: bulk sessions, notes, passing files, faults.
 
 pub mod bulk;
 pub mod config;
@@ -7,6 +7,7 @@ pub mod failure;
 pub mod notes;
 mod presence;
 mod run;
+pub mod scratch;
 pub mod shutdown;
 pub mod telemetry;
 
