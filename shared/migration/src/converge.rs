@@ -32,15 +32,14 @@ const STALLED_PERCENT: u64 = 95;
 /// The most rounds of a pre-copy without a deadline, should nothing else end it.
 const MOST_ROUNDS: usize = 100;
 /// The most rounds between the preparation of the target and the freeze.
-pub(crate) const MOST_SETTLING: usize = 12;
+pub(crate) const MOST_SETTLING: usize = 24;
 /// What a round may leave, of what it found, for another one to pay although it fits.
 const PAYS_PERCENT: u64 = 50;
 /// The same under `history`, which is there to save bytes.
 const FRUGAL_PERCENT: u64 = 40;
-/// The same under `adaptive`, which is there to save downtime, as long as what is left takes more than [`MUCH`].
-const EAGER_PERCENT: u64 = 75;
-/// Time to send what is much to be left.
-const MUCH: Micros = Micros(20_000);
+/// What a round of `adaptive`, which sends a part of what waits, must have saved the freeze, of what it has sent, for
+/// another one to pay.
+const SAVES_PERCENT: u64 = 10;
 /// Time to send what is not worth another round.
 const NEARLY_NOTHING: Micros = Micros(5_000);
 /// Preparing the target takes about as long, and what is written meanwhile has to be sent in any case.
@@ -266,17 +265,22 @@ fn stalled(slowdowns: &[Slowdown], options: &Options, fixed: Micros, elapsed: Mi
 }
 
 /// Whether one more round is worth its bytes although it fits already: the last one has left more than nearly nothing,
-/// and so small a share of what it found that the next one will save more of the freeze than it sends in vain.
+/// and so much less than there was before it that the next one will save more of the freeze than it sends in vain.
 fn pays(last: &RoundReport, rounds: &[RoundReport], policy: Policy) -> bool {
-    let found = last.sent + last.withheld;
-    let rest = predicted(rounds, Micros(0));
-    let most = match policy {
-        Policy::History { .. } => FRUGAL_PERCENT,
-        Policy::Adaptive if rest > MUCH => EAGER_PERCENT,
-        _ => PAYS_PERCENT,
+    let (found, left) = (last.sent + last.withheld, of(last));
+    let is_below = |pages: Pages, percent: u64, whole: Pages| {
+        u128::from(pages.0) * 100 < u128::from(whole.0) * u128::from(percent)
     };
-    let falls = u128::from(of(last).0) * 100 < u128::from(found.0) * u128::from(most);
-    falls && rest > NEARLY_NOTHING
+    let falls = match policy {
+        Policy::Adaptive => {
+            let before = rounds.iter().rev().nth(1).map_or(found, of);
+            let saved = Pages(before.0.saturating_sub(left.0));
+            saved > Pages(0) && !is_below(saved, SAVES_PERCENT, last.sent)
+        }
+        Policy::History { .. } => is_below(left, FRUGAL_PERCENT, found),
+        Policy::All | Policy::Phaul => is_below(left, PAYS_PERCENT, found),
+    };
+    falls && predicted(rounds, Micros(0)) > NEARLY_NOTHING
 }
 
 fn out_of_bounds(rounds: &[RoundReport], options: &Options, fixed: Micros, elapsed: Micros) -> Decision {

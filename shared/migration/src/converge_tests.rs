@@ -51,11 +51,15 @@ fn freezes_when_what_is_left_fits_and_not_before() {
         );
         // Prepared, it is worth one more round.
         assert_eq!(settle(&rounds, 1, &[], &with(policy), FIXED, NO_TIME), Decision::Again, "{policy}");
-        // 300 left of 500 take 30 ms: `adaptive`, and it alone, has them go twice to save some of it. 400 it has not.
+        // 300 left of 500 take 30 ms: `adaptive`, and it alone, has them go twice to save some of it. 460 it has not.
         let rounds = [round(0, 65536, 500), round(1, 500, 300)];
         let eager = if policy == "adaptive" { Decision::Again } else { Decision::Freeze(Why::Fits) };
         assert_eq!(settle(&rounds, 1, &[], &with(policy), FIXED, NO_TIME), eager, "{policy}");
-        let rounds = [round(0, 65536, 500), round(1, 500, 400)];
+        // And of 200 that it sends of 500, 30 less that are left are enough.
+        let part = RoundReport { withheld: Pages(300), ..round(1, 200, 470) };
+        let rounds = [round(0, 65536, 500), part];
+        assert_eq!(settle(&rounds, 1, &[], &with(policy), FIXED, NO_TIME), eager, "{policy}");
+        let rounds = [round(0, 65536, 500), round(1, 500, 460)];
         assert_eq!(
             settle(&rounds, 1, &[], &with(policy), FIXED, NO_TIME),
             Decision::Freeze(Why::Fits),

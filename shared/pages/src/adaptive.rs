@@ -9,8 +9,8 @@
 //! left(k) = waiting - sum over the k coldest of exp(-rate * t) + sum over the others of (1 - exp(-rate * t))
 //!       t = k / pages per second + the way to the freeze
 //! ```
-//! A round sends only the coldest part of these, so that the next one knows more, and so that what it sends was
-//! protected shortly before: a page that is written between the two is sent for nothing.
+//! A round sends only the coldest part of these, also near the freeze, so that the next one knows more, and so that what it
+//! sends was protected shortly before: a page that is written between the two is sent for nothing.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -32,6 +32,10 @@ pub const LOOK: Duration = Duration::from_millis(100);
 const WORTH_A_LOOK: u64 = 512;
 /// The shortest round of an unfinished pre-copy, in seconds: each round costs every writer a fault a page.
 const SHORTEST: f64 = 0.25;
+/// What a round between the preparation of the target and the freeze sends at most, in seconds or of what waits, whichever
+/// is more: of what a long one sends, much is written again by its end.
+const SETTLING: f64 = 0.04;
+const SETTLING_SHARE: f64 = 0.75;
 /// A round takes one part in so many of what waits.
 const PARTS: f64 = 8.0;
 /// How long the first round lasts, when nothing is known of the rate or of the pages.
@@ -153,9 +157,12 @@ pub fn quota(timeline: &Timeline, waiting: &Census, current: &Census, pace: Pace
     };
     let ahead = if pace.last { TO_THE_FREEZE } else { TO_THE_FREEZE + PREPARING };
     let worth = worth_sending(&sorted(waiting), &sorted(current), rate, ahead, pace.allowance as f64);
-    // Without a rate the first round ends by its time.
-    let all = pace.last || pace.rate.is_none();
-    let most = if all { f64::INFINITY } else { rate * seconds_of_a_round(rate, total, pace) };
+    let most = match pace.rate {
+        // The first round ends by its time.
+        None => f64::INFINITY,
+        Some(_) if pace.last => (rate * SETTLING).max(total as f64 * SETTLING_SHARE),
+        Some(_) => rate * seconds_of_a_round(rate, total, pace),
+    };
     let mut room = worth.min(most).ceil() as u64;
     // Coldest first.
     let mut order: Vec<(usize, Pattern, u64)> = waiting
