@@ -11,10 +11,14 @@
  *   sealed       a memfd that is sealed against further writing, and written to by the mapping that it has
  *   locked       a memfd that is locked as a whole and in part, by its open file, which a second process uses as well, beside
  *                one that is not
+ *   record_locked  a memfd of which a part is locked by the process (F_SETLK), at which another process looks
  *   owned        a memfd by whose descriptor the process is to be sent a signal
  *   described    a memfd with an owner, a mode, seals, and descriptors in two processes that differ in everything
- * and such as cannot be moved: userfaultfd, io_uring, traced, a memfd that is record_locked, by its process, and one that is
- * passed: its descriptor is in a socket, and nobody takes it out.
+ *   file_locked  a file that is mapped, with ranges locked by two processes (F_SETLK), each of which has threads and looks at
+ *                the locks of the other, as databases have it
+ *   unmapped_locked  the same with a file that no process has mapped
+ * and such as cannot be moved: userfaultfd, io_uring, traced, and a memfd that is passed: its descriptor is in a socket, and
+ * nobody takes it out.
  *
  * It prints, as dirtier does,
  *   verdict NUMBER operations OPERATIONS bad FAULTS
@@ -114,12 +118,12 @@ static void check_pages(void) {
 /* Another process that has the memfd has the last page for itself: how often it has looked, and how often in vain. */
 static volatile uint64_t *partner;
 
-static void have_partner(void (*begin)(void), int (*is_wrong)(void)) {
+static pid_t have_partner(void (*begin)(void), int (*is_wrong)(void)) {
 	partner = (uint64_t *)(base + --pages * stride);
 	partner[0] = partner[1] = 0;
 	pid_t child = fork();
 	if (child < 0) die("fork");
-	if (child) return;
+	if (child) return child;
 	for (begin();; rest()) { partner[1] += (uint64_t)is_wrong(); partner[0]++; }
 }
 
@@ -176,6 +180,24 @@ static void begin_locked(const char *name) {
 	have_partner(look_at_lock, is_unlocked);
 }
 
+static int is_free(void) {
+	struct flock lock = lock_of_page(F_WRLCK);
+	return misses(!fcntl(reader, F_GETLK, &lock) && lock.l_type == F_WRLCK && lock.l_pid == getppid(), "lock of a page");
+}
+
+static void begin_record_locked(const char *name) {
+	struct flock lock = lock_of_page(F_WRLCK);
+	memfd = begin_memfd(name);
+	if (fcntl(memfd, F_SETLK, &lock)) die("lock");
+	have_partner(look_at_lock, is_free);
+}
+
+static void check_record_locked(void) {
+	check_pages();
+	check_by(memfd, base);
+	check_partner();
+}
+
 static void change_both(void) {
 	uint64_t p = operations % pages;
 	fill(base + p * stride, p, ++count[p]);
@@ -187,6 +209,78 @@ static void check_locked(void) {
 	check_by(memfd, base);
 	check_by(other_memfd, other);
 	check_partner();
+}
+
+/* Ranges of a file that the process and another one have locked for themselves, and what each sees of the other's. */
+enum { FILE_PAGES = 64, HELD = 4 };
+static const struct range { short type; off_t start, length; } locks_of[2][HELD] = {
+	{ { F_WRLCK, PAGE, PAGE }, { F_RDLCK, 3 * PAGE, 10 }, { F_WRLCK, 20 * PAGE, 1 }, { F_WRLCK, 100 * PAGE, 0 } },
+	{ { F_RDLCK, 3 * PAGE, 5 }, { F_WRLCK, 30 * PAGE, 2 * PAGE }, { F_RDLCK, 40 * PAGE, 1 }, { F_WRLCK, 41 * PAGE, 1 } },
+};
+static const off_t unlocked[] = { 0, 2 * PAGE, 3 * PAGE + 10, 20 * PAGE + 1, 32 * PAGE, 42 * PAGE, 99 * PAGE };
+static int locked = -1, holds;
+static pid_t holders[2];
+
+static struct flock lock_of(struct range range) {
+	return (struct flock){ .l_type = range.type, .l_whence = SEEK_SET, .l_start = range.start, .l_len = range.length };
+}
+
+static int is_held(struct range range) {
+	struct flock probe = lock_of(range), taken = lock_of(range);
+	probe.l_type = taken.l_type = F_WRLCK;
+	int found = misses(!fcntl(locked, F_GETLK, &probe) && probe.l_type == range.type, "kind of a lock");
+	found += misses(probe.l_start == range.start && probe.l_len == range.length, "range of a lock");
+	found += misses(probe.l_pid == holders[!holds], "owner of a lock");
+	return found + misses(fcntl(locked, F_SETLK, &taken) == -1 && (errno == EAGAIN || errno == EACCES), "lock for writing");
+}
+
+static int is_unlike(void) {
+	int found = 0;
+	for (int n = 0; n < HELD; n++) found += is_held(locks_of[!holds][n]);
+	for (size_t n = 0; n < sizeof unlocked / sizeof *unlocked; n++) {
+		struct flock probe = lock_of((struct range){ F_WRLCK, unlocked[n], 1 });
+		found += misses(!fcntl(locked, F_GETLK, &probe) && probe.l_type == F_UNLCK, "lock of what nobody has locked");
+	}
+	return found;
+}
+
+static void *wait_in_vain(void *unused) {
+	int ends[2];
+	char byte;
+	if (pipe(ends)) die("pipe");
+	while (read(ends[0], &byte, 1) < 0 && errno == EINTR) {}
+	die("a read that was to wait");
+	return unused;
+}
+
+static void hold(int which) {
+	pthread_t thread;
+	holds = which;
+	for (int n = 0; n < HELD; n++) {
+		struct flock lock = lock_of(locks_of[which][n]);
+		if (fcntl(locked, F_SETLK, &lock)) die("lock");
+	}
+	for (int n = 0; n < 2; n++) if (pthread_create(&thread, NULL, wait_in_vain, NULL)) die("thread");
+}
+
+static void hold_second(void) { hold(1); }
+
+static void begin_file_locked(int is_mapped) {
+	stride = PAGE; pages = FILE_PAGES;
+	locked = open("hardship.locked", O_RDWR | O_CREAT | O_TRUNC, 0600);
+	if (locked < 0 || ftruncate(locked, FILE_PAGES * PAGE)) die("file");
+	base = mmap(NULL, FILE_PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | (is_mapped ? 0 : MAP_ANONYMOUS), is_mapped ? locked : -1, 0);
+	if (base == MAP_FAILED) die("mmap");
+	for (uint64_t p = 0; p < pages; p++) fill(base + p * stride, p, count[p] = 1);
+	holders[0] = getpid();
+	hold(0);
+	holders[1] = have_partner(hold_second, is_unlike);
+}
+
+static void check_file_locked(void) {
+	check_pages();
+	check_partner();
+	bad += (uint64_t)is_unlike();
 }
 
 static void begin_owned(const char *name) {
@@ -490,10 +584,12 @@ int main(int argc, char **argv) {
 	} else if (!strcmp(kind, "described")) {
 		begin_described(kind);
 		work = change_page; check = check_described;
+	} else if (!strcmp(kind, "file_locked") || !strcmp(kind, "unmapped_locked")) {
+		begin_file_locked(!strcmp(kind, "file_locked"));
+		work = change_page; check = check_file_locked;
 	} else if (!strcmp(kind, "record_locked")) {
-		struct flock lock = lock_of_page(F_WRLCK);
-		if (fcntl(begin_memfd(kind), F_SETLK, &lock)) die("lock");
-		work = change_page; check = check_pages;
+		begin_record_locked(kind);
+		work = change_page; check = check_record_locked;
 	} else if (!strcmp(kind, "passed")) {
 		pass(begin_memfd(kind));
 		work = change_page; check = check_pages;
@@ -509,7 +605,7 @@ int main(int argc, char **argv) {
 		if (!child) for (;;) pause();
 		if (child < 0 || ptrace(PTRACE_SEIZE, child, 0, 0)) die("ptrace");
 	} else {
-		fprintf(stderr, "usage: hardship sparse|crowd|guard|churn|direct|tmpfs|sealed|locked|owned|described|record_locked|passed|userfaultfd|io_uring|traced\n");
+		fprintf(stderr, "usage: hardship sparse|crowd|guard|churn|direct|tmpfs|sealed|locked|owned|described|file_locked|unmapped_locked|record_locked|passed|userfaultfd|io_uring|traced\n");
 		return 2;
 	}
 	for (int answered = 0;;) {

@@ -1,11 +1,9 @@
 //! The descriptors of memfds that the page-shipper carries: CRIU is not to see them, and the images say instead what they
 //! are.
 //!
-//! What CRIU carries with a descriptor and we do not is a lock that an open file has, or an owner that is to be told of what
-//! happens to it. A memfd with a descriptor that has either is CRIU's: with all its mappings and descriptors, in every
-//! process, and its content, whatever of it has gone in rounds. A lock that a process has nobody carries: CRIU loses it,
-//! since it takes the lock first and maps the file by a descriptor that it closes then, with which the kernel gives up
-//! all such locks of a process on a file. That is refused here.
+//! What CRIU carries with a descriptor and we do not is a lock, or an owner that is to be told of what happens to it. A memfd
+//! with a descriptor that has either is CRIU's: with all its mappings and descriptors, in every process, and its content,
+//! whatever of it has gone in rounds.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -53,7 +51,7 @@ impl Table {
     /// That of `process`. Of `memfds`, and of no others, it says what they are open as.
     ///
     /// # Errors
-    /// When that cannot be known, or the process has a lock on one of them.
+    /// When that cannot be known.
     pub(crate) fn read(process: Process, memfds: &BTreeSet<ObjectId>) -> Result<Self, Fault> {
         let mut all = Vec::new();
         let directory = PathBuf::from(format!("/proc/{}/fd", process.pid));
@@ -79,11 +77,8 @@ impl Table {
 fn open_memfd(process: Process, opened: &OwnedFd, number: u32, id: ObjectId) -> Result<OpenMemfd, Fault> {
     let path = PathBuf::from(format!("/proc/{}/fdinfo/{number}", process.pid));
     let text = fs::read_to_string(&path).map_err(fault(DUMP))?;
-    let FdInfo { position, flags, lock } = FdInfo::parse(&text).ok_or_else(|| unreadable(&path))?;
-    if lock == Lock::OfProcess {
-        return Err(refused(process, number));
-    }
-    let mut is_criu_s = lock == Lock::OfFile;
+    let FdInfo { position, flags, is_locked } = FdInfo::parse(&text).ok_or_else(|| unreadable(&path))?;
+    let mut is_criu_s = is_locked;
     if flags & PATH_ONLY == 0 {
         let number = RawFd::try_from(number).map_err(fault(DUMP))?;
         let ours = pidfd::get_fd(opened.as_fd(), number).map_err(fault(DUMP))?;
@@ -163,18 +158,7 @@ impl OpenFiles {
 struct FdInfo {
     position: u64,
     flags: u32,
-    lock: Lock,
-}
-
-/// Who has a lock on a file, as far as one descriptor shows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Lock {
-    None,
-    /// The open file, and with it all who have a descriptor of that (`flock(2)`, `F_OFD_SETLK` and `F_SETLEASE` of
-    /// `fcntl(2)`).
-    OfFile,
-    /// The process (`F_SETLK`).
-    OfProcess,
+    is_locked: bool,
 }
 
 impl FdInfo {
@@ -183,16 +167,8 @@ impl FdInfo {
             text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
         };
         let flags = u32::from_str_radix(value("flags")?, 8).ok()?;
-        let mut lock = Lock::None;
-        for line in text.lines().filter_map(|line| line.strip_prefix("lock:")) {
-            // A number with a colon is first.
-            match line.split_whitespace().nth(1)? {
-                "POSIX" => lock = Lock::OfProcess,
-                _ if lock == Lock::None => lock = Lock::OfFile,
-                _ => {}
-            }
-        }
-        Some(Self { position: value("pos")?.parse().ok()?, flags, lock })
+        let is_locked = text.lines().any(|line| line.starts_with("lock:"));
+        Some(Self { position: value("pos")?.parse().ok()?, flags, is_locked })
     }
 }
 
@@ -204,15 +180,6 @@ fn unreadable(path: &Path) -> Fault {
     fault(DUMP)(io::Error::other(format!("{} is not understood", path.display())))
 }
 
-fn refused(process: Process, number: u32) -> Fault {
-    let message = format!(
-        "process {} has a lock (F_SETLK) on a memfd that is mapped, its descriptor {number}",
-        process.vpid
-    );
-    Fault::new(DUMP, message)
-        .remedy("the container goes on; such a lock would be lost: move it when it has none")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -220,17 +187,9 @@ mod tests {
     #[test]
     fn what_is_said_of_a_descriptor_is_understood() {
         let about = FdInfo::parse("pos:\t4097\nflags:\t02100002\nmnt_id:\t15\nino:\t1033\n").unwrap();
-        assert_eq!((about.position, about.flags, about.lock), (4097, CLOEXEC | 0o10_0002, Lock::None));
-        let lock_of = |kinds: &[&str]| {
-            let locks = kinds.iter().zip(1..).map(|(kind, number)| {
-                format!("lock:\t{number}: {kind}  ADVISORY  WRITE 7 00:01:1033 0 EOF\n")
-            });
-            let text = format!("pos:\t0\nflags:\t0100000\n{}", locks.collect::<String>());
-            FdInfo::parse(&text).unwrap().lock
-        };
-        assert_eq!(lock_of(&["FLOCK"]), Lock::OfFile);
-        assert_eq!(lock_of(&["OFDLCK", "LEASE"]), Lock::OfFile);
-        assert_eq!(lock_of(&["FLOCK", "POSIX", "OFDLCK"]), Lock::OfProcess);
+        assert_eq!((about.position, about.flags, about.is_locked), (4097, CLOEXEC | 0o10_0002, false));
+        let locked = "pos:\t0\nflags:\t0100000\nlock:\t1: POSIX  ADVISORY  WRITE 7 00:01:1033 0 EOF\n";
+        assert!(FdInfo::parse(locked).unwrap().is_locked);
         assert!(FdInfo::parse("pos:\t0\n").is_none());
     }
 }

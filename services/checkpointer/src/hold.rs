@@ -33,6 +33,7 @@ use crate::Checkpointer;
 use crate::descriptors::{Descriptors, OpenFiles, Table};
 use crate::failure::{DUMP, fault, joined};
 use crate::freeze::{FREEZE_WITHIN, io_in_flight};
+use crate::locks;
 use crate::notes::{DUMP as DUMP_DIR, Notes};
 
 /// A container that this process has frozen.
@@ -130,8 +131,8 @@ const LARGE: u64 = 16 << 20;
 /// The guard regions of each process, which are addresses.
 type Guards = Vec<(Vpid, Vec<Range<u64>>)>;
 
-/// Hides the memory that the page-shipper carries, writes down what CRIU does not even know of, and tells what else it does
-/// not see behind the mask.
+/// Hides the memory that the page-shipper carries, writes down what CRIU does not even know of, or loses, and tells what
+/// else it does not see behind the mask.
 fn cover(mut mask: PagemapMask, session: &Session, images: &Path) -> Result<(PagemapMask, Guards), Fault> {
     let mut all = Vec::new();
     for process in process::list(&session.notes.procs).map_err(fault(DUMP))? {
@@ -141,6 +142,7 @@ fn cover(mut mask: PagemapMask, session: &Session, images: &Path) -> Result<(Pag
             all.push((process, maps));
         }
     }
+    locks::write_down(all.iter().map(|(process, _)| *process), images)?;
     // Both take milliseconds for each GiB of memory.
     std::thread::scope(|scope| {
         let guards = scope.spawn(|| guards(&all));

@@ -18,6 +18,7 @@ mod failure;
 mod freeze;
 mod hold;
 mod inspect;
+mod locks;
 mod notes;
 mod obstacle;
 mod roll_back;

@@ -4,7 +4,8 @@
 //!   restorer ── TAKE ──▶ keeper: the container's packets come here, and are kept
 //!            ── descriptors, GO ▶ keeper ──────▶ gate: becomes CRIU; packets get out
 //!                 runc ◀── messages ──▶ keeper ◀── messages ──▶ CRIU
-//!                        pre-resume: recorded; post-resume: packets get in, those that were kept first, announced
+//!                        pre-resume: recorded; post-resume: locks that CRIU has lost are taken again; packets get in,
+//!                        those that were kept first, announced
 //! ```
 //!
 //! From GO to the resumption the kernel sends what the connections had to send when they were dumped, and no process adds
@@ -18,8 +19,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
-use haulage_criu::rpc::{Kind, Response};
+use haulage_criu::record_locks::{self, OwnedLock};
+use haulage_criu::rpc::{Kind, Notify, Response};
 use haulage_engine::armed::{Armed, ArmedRoot, GO, MEMORY, Outcome, TAKE, TMPFS};
+use haulage_sys::Pid;
 use haulage_sys::pass_fd;
 use haulage_sys::rcu::Expedited;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -27,12 +30,15 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use crate::failure::Failure;
+use crate::locks::HeldBack;
 use crate::network::Network;
 
 /// What the gate sends with runc's end of the conversation, and with that which is to be CRIU's.
 pub(crate) const RUNC_END: u8 = b'r';
 pub(crate) const CRIU_END: u8 = b'c';
-/// The stage that CRIU reports when the processes are restored and stand still for the last time.
+/// The stage that CRIU reports when the processes are made, with the id of the first one.
+const MADE: &str = "post-restore";
+/// That which it reports when they are restored and stand still for the last time.
 const RESTORED: &str = "pre-resume";
 /// That which it reports when they run.
 const RESUMED: &str = "post-resume";
@@ -87,7 +93,9 @@ impl Keeper<'_> {
         passed.and_then(|()| pass_fd::send(&criu, GO, None)).map_err(Failure::Gate)?;
         drop(handed);
         self.network.as_mut().map_or(Ok(()), Network::send)?;
-        self.relay(&runc, &criu)
+        // Beside the images, where they are by now.
+        let locks = record_locks::read(&self.armed.images).map_err(|error| Failure::Locks(error.into()))?;
+        self.relay(&runc, &criu, &locks)
     }
 
     /// Waits for the word to go on, and gives the descriptors that came before it; `None` when the word does not come.
@@ -132,9 +140,10 @@ impl Keeper<'_> {
     }
 
     /// Passes messages on, whole as they come, until one side ends.
-    fn relay(mut self, runc: &OwnedFd, criu: &OwnedFd) -> Result<Kept, Failure> {
+    fn relay(mut self, runc: &OwnedFd, criu: &OwnedFd, locks: &[OwnedLock]) -> Result<Kept, Failure> {
         let mut buffer = vec![0; MAX_MESSAGE];
         let mut kept = Kept::Silent;
+        let (mut init, mut held_back) = (None, None);
         loop {
             let mut polled = [PollFd::new(runc, PollFlags::IN), PollFd::new(criu, PollFlags::IN)];
             match poll(&mut polled, None) {
@@ -145,9 +154,17 @@ impl Keeper<'_> {
             let [runc_s, criu_s] = polled.map(|end| !end.revents().is_empty());
             if criu_s {
                 let Some(message) = receive(criu, &mut buffer)? else { return Ok(kept) };
-                match stage(message).as_deref() {
-                    Some(RESTORED) => self.record()?,
-                    Some(RESUMED) if matches!(kept, Kept::Silent) => kept = Kept::Speaks(self.speak()?),
+                let notify = notify(message);
+                match notify.stage.as_deref() {
+                    Some(MADE) => init = notify.pid.and_then(Pid::from_raw),
+                    Some(RESTORED) => {
+                        held_back = hold_back(init, locks)?;
+                        self.record()?;
+                    }
+                    Some(RESUMED) if matches!(kept, Kept::Silent) => {
+                        held_back.take().map_or(Ok(()), HeldBack::run)?;
+                        kept = Kept::Speaks(self.speak()?);
+                    }
                     _ => {}
                 }
                 if !pass(runc, message)? {
@@ -195,10 +212,20 @@ pub(crate) fn micros(duration: Duration) -> u64 {
     duration.as_micros().try_into().unwrap_or(u64::MAX)
 }
 
-/// The stage that the message reports, if it does.
-fn stage(message: &[u8]) -> Option<String> {
-    let response = Response::decode_bytes(message).ok()?;
-    (response.kind == Kind::Notify as i32).then_some(response.notify?.stage?)
+/// The processes below `init`, if they lack locks.
+fn hold_back(init: Option<Pid>, locks: &[OwnedLock]) -> Result<Option<HeldBack>, Failure> {
+    match init {
+        Some(init) => HeldBack::if_lost(init, locks),
+        None if locks.is_empty() => Ok(None),
+        None => Err(Failure::Locks("criu has not told which process is the first".into())),
+    }
+}
+
+/// What the message reports; nothing where it does not.
+fn notify(message: &[u8]) -> Notify {
+    let response = Response::decode_bytes(message).ok();
+    let response = response.filter(|response| response.kind == Kind::Notify as i32);
+    response.and_then(|response| response.notify).unwrap_or_default()
 }
 
 /// The next message; `None` at the end.

@@ -11,6 +11,7 @@ mod cgroup;
 mod failure;
 mod gate;
 mod keeper;
+mod locks;
 mod network;
 mod restore;
 mod root;

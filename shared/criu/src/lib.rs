@@ -29,6 +29,7 @@ pub mod packets;
 pub mod pagemap;
 pub mod pstree;
 pub mod quiet;
+pub mod record_locks;
 pub mod rpc;
 pub mod shared;
 pub mod smaps;

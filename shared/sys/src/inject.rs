@@ -22,19 +22,17 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 
 use crate::Pid;
-use crate::abi;
 use crate::error::CallError;
 use crate::pidfd;
 use crate::ptrace::{Stop, Tracee, Waited};
 use crate::thread_choice;
 use crate::uffd;
 use crate::vm_read::VmReader;
+use crate::window::{self, CS_64, Window};
 
 /// Attempts before a process is given up whose threads are always in a restartable sequence, or that begins another
 /// program all the time.
 const ATTEMPTS: u32 = 16;
-/// Code segment of 64-bit user code. A thread elsewhere runs 32-bit code now and has another register layout.
-const CS_64: u64 = 0x33;
 
 /// Why no descriptor could be had. The process runs on as before in every case.
 #[derive(Debug, thiserror::Error)]
@@ -161,7 +159,7 @@ impl Target<'_> {
         }
         // Since we looked it may have begun another program, which has its vDSO elsewhere. Now it cannot.
         let moved = !thread_choice::is_syscall_instruction(self.gadget, self.memory)?;
-        if moved || self.in_restartable_sequence(&tracee, saved.rip)? {
+        if moved || window::is_in_restartable_sequence(&tracee, self.memory, saved.rip)? {
             tracee.detach(0)?;
             return Err(Miss::Retry);
         }
@@ -172,9 +170,9 @@ impl Target<'_> {
         }
         let mask = tracee.signal_mask()?;
         tracee.set_signal_mask(u64::MAX)?;
-        let mut window = Window { tracee: &tracee, gadget: self.gadget, own: saved, stopped_by: None };
+        let mut window = Window::new(&tracee, self.gadget, saved);
         let taken = self.take(&mut window, patience);
-        let stop_signal = window.stopped_by;
+        let stop_signal = window.stopped_by();
         tracee.set_registers(&restored)?;
         tracee.set_signal_mask(mask)?;
         tracee.interrupt()?;
@@ -191,39 +189,13 @@ impl Target<'_> {
     fn take(&self, window: &mut Window<'_>, patience: Duration) -> Result<OwnedFd, InjectError> {
         let deadline = Some(Instant::now() + patience);
         let number = window
-            .call(libc::SYS_userfaultfd, uffd::CREATE_FLAGS, deadline)?
+            .call(libc::SYS_userfaultfd, &[uffd::CREATE_FLAGS], deadline)?
             .ok_or(InjectError::NoStop { within: patience })?
             .map_err(|errno| InjectError::Refused(CallError { call: "userfaultfd", errno }))?;
         let ours = pidfd::get_fd(self.process, number as i32);
         // Whatever became of our copy, theirs must not stay behind. Closing a fresh descriptor cannot fail.
-        let _closed = window.call(libc::SYS_close, number, None)?;
+        let _closed = window.call(libc::SYS_close, &[number], None)?;
         Ok(ours?)
-    }
-
-    /// Whether the thread's instruction pointer is inside a critical section that the kernel would abort.
-    fn in_restartable_sequence(&self, tracee: &Tracee, rip: u64) -> Result<bool, CallError> {
-        let rseq = tracee.rseq_address()?;
-        if rseq == 0 {
-            return Ok(false);
-        }
-        let Some([section]) = self.words(rseq + abi::RSEQ_CS_OFFSET)? else { return Ok(false) };
-        if section == 0 {
-            return Ok(false);
-        }
-        // struct rseq_cs: version and flags, start, length, abort address.
-        let Some([_, start, length, _]) = self.words(section)? else { return Ok(false) };
-        Ok(rip.wrapping_sub(start) < length)
-    }
-
-    fn words<const N: usize>(&self, address: u64) -> Result<Option<[u64; N]>, CallError> {
-        let mut bytes = Vec::new();
-        self.memory.read(std::slice::from_ref(&(address..address + 8 * N as u64)), &mut bytes)?;
-        let mut words = [0; N];
-        let (found, _) = bytes.as_chunks::<8>();
-        for (word, bytes) in words.iter_mut().zip(found) {
-            *word = u64::from_ne_bytes(*bytes);
-        }
-        Ok((found.len() == N).then_some(words))
     }
 
     /// Sends a stop signal, held back during the window, to the thread again.
@@ -250,67 +222,8 @@ fn stop_by_event(tracee: &Tracee, deadline: Option<Instant>) -> Result<(), Miss>
     }
 }
 
-/// The time in which the thread has foreign registers.
-struct Window<'a> {
-    tracee: &'a Tracee,
-    gadget: u64,
-    own: libc::user_regs_struct,
-    /// A stop signal that came, which cannot be blocked and is sent again afterwards.
-    stopped_by: Option<i32>,
-}
-
-impl Window<'_> {
-    /// Makes a system call with one argument in the thread. Until the call is begun, not later, it can be given up.
-    /// `None` when it was not begun by the deadline: a thread in a frozen version 2 group stops for us, and does not run.
-    fn call(
-        &mut self,
-        number: libc::c_long,
-        argument: u64,
-        deadline: Option<Instant>,
-    ) -> Result<Option<Result<u64, Errno>>, CallError> {
-        let mut registers = self.own;
-        registers.rip = self.gadget;
-        registers.rax = number as u64;
-        registers.orig_rax = u64::MAX;
-        registers.rdi = argument;
-        self.tracee.set_registers(&registers)?;
-        if !self.run_to_syscall_stop(deadline)? {
-            return Ok(None);
-        }
-        self.run_to_syscall_stop(None)?;
-        let result = self.tracee.registers()?.rax as i64;
-        Ok(Some(match i32::try_from(result) {
-            Ok(errno) if errno < 0 => Err(Errno::from_raw_os_error(-errno)),
-            _ => Ok(result as u64),
-        }))
-    }
-
-    /// Whether it has come there; if not, it is stopped where it was.
-    fn run_to_syscall_stop(&mut self, mut deadline: Option<Instant>) -> Result<bool, CallError> {
-        let mut given_up = false;
-        self.tracee.resume_to_syscall()?;
-        loop {
-            match self.tracee.wait(deadline)? {
-                Waited::Stopped(Stop::Syscall) => return Ok(true),
-                Waited::Stopped(Stop::Signal(signal)) => self.stopped_by = Some(signal),
-                Waited::Stopped(Stop::Event) if given_up => return Ok(false),
-                Waited::Stopped(Stop::Event) => {}
-                Waited::TimedOut => {
-                    self.tracee.interrupt()?;
-                    (given_up, deadline) = (true, None);
-                    continue;
-                }
-                Waited::Ended => {
-                    return Err(CallError { call: "injected system call", errno: Errno::SRCH });
-                }
-            }
-            self.tracee.resume_to_syscall()?;
-        }
-    }
-}
-
 /// Blocks every signal in the calling thread.
-fn block_signals() -> Result<(), CallError> {
+pub(crate) fn block_signals() -> Result<(), CallError> {
     // SAFETY: the set is plain memory that sigfillset initialises, and pthread_sigmask only reads it.
     let failed = unsafe {
         let mut all = std::mem::zeroed();

@@ -4,6 +4,8 @@
 //! | module | what it does |
 //! | --- | --- |
 //! | [`inject`] | makes a userfaultfd in another process and takes it over |
+//! | [`record_lock`] | locks of processes on ranges of files |
+//! | [`take_locks`] | has processes take such locks before they run |
 //! | [`standstill`] | stops every thread of several processes for a moment |
 //! | [`uffd`] | registers memory for asynchronous write tracking |
 //! | [`lazy`] | serves the missing pages of another process through its userfaultfd |
@@ -41,14 +43,17 @@ pub mod pidfd;
 pub mod process;
 mod ptrace;
 pub mod rcu;
+pub mod record_lock;
 pub mod soft_dirty;
 pub mod standstill;
+pub mod take_locks;
 mod thread_choice;
 pub mod tmpfs;
 pub mod uffd;
 pub mod view;
 pub mod vm_flags;
 pub mod vm_read;
+mod window;
 
 pub use abi::{ADDRESS_END, PAGE_BYTES, PAGE_SIZE};
 pub use error::CallError;

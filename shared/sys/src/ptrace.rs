@@ -47,13 +47,27 @@ impl Tracee {
     /// Starts tracing without stopping the thread. System-call stops are told from signals, and seccomp filters are
     /// suspended while it is traced.
     pub(crate) fn seize(tid: libc::pid_t) -> Result<Self, CallError> {
-        let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_SUSPEND_SECCOMP;
+        Self::seize_with(tid, 0)
+    }
+
+    /// The same, and the kernel kills the thread's process when the calling thread ends before it has let go of it.
+    pub(crate) fn seize_for_life(tid: libc::pid_t) -> Result<Self, CallError> {
+        Self::seize_with(tid, libc::PTRACE_O_EXITKILL)
+    }
+
+    fn seize_with(tid: libc::pid_t, further: libc::c_int) -> Result<Self, CallError> {
+        let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_SUSPEND_SECCOMP | further;
         let tracee = Self { tid };
         // SAFETY: PTRACE_SEIZE takes its options by value.
         unsafe {
             tracee.request("ptrace PTRACE_SEIZE", libc::PTRACE_SEIZE as libc::c_uint, 0, options as usize)?
         };
         Ok(tracee)
+    }
+
+    /// Its id.
+    pub(crate) fn tid(&self) -> libc::pid_t {
+        self.tid
     }
 
     pub(crate) fn interrupt(&self) -> Result<(), CallError> {

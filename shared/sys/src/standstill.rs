@@ -160,7 +160,7 @@ impl Stopped {
 }
 
 /// The living threads of a process; none when it is gone or a zombie.
-fn threads(pid: Pid) -> Vec<libc::pid_t> {
+pub(crate) fn threads(pid: Pid) -> Vec<libc::pid_t> {
     let Ok(entries) = fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
     let tids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     tids.filter(|tid| thread_choice::is_alive(pid, *tid)).collect()
@@ -178,7 +178,7 @@ fn seize(pid: Pid, tid: libc::pid_t) -> Result<Option<Tracee>, StandstillError> 
 }
 
 /// Waits for the stop that was asked for; signals that come first are delivered as ever.
-fn wait(tracee: &Tracee, deadline: Instant) -> Result<Waited, StandstillError> {
+pub(crate) fn wait(tracee: &Tracee, deadline: Instant) -> Result<Waited, StandstillError> {
     loop {
         match tracee.wait(Some(deadline))? {
             Waited::Stopped(Stop::Signal(signal)) => resume(tracee, signal)?,

@@ -1,0 +1,184 @@
+//! Locks of processes on ranges of files (`F_SETLK`) that CRIU has lost ([`haulage_criu::record_locks`]): they are taken
+//! again before anything of the container runs.
+//!
+//! ```text
+//!   pre-resume    all stand still for CRIU: who lacks a lock? ── nobody ──▶ nothing is done
+//!                 CRIU leaves the container's cgroup, which is frozen
+//!   post-resume   CRIU has let go: the locks are taken, and the container runs
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use haulage_criu::record_locks::OwnedLock;
+use haulage_sys::freezer::Freezer;
+use haulage_sys::record_lock::RecordLock;
+use haulage_sys::take_locks;
+use haulage_sys::{Errno, Pid};
+
+use crate::failure::Failure;
+
+/// Where cgroups are: version 1's freezer, and version 2.
+const FREEZER: &str = "/sys/fs/cgroup/freezer";
+const UNIFIED: &str = "/sys/fs/cgroup";
+/// How long a group may take to freeze, whose processes stand still, and threads to stop that do not run.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Processes that lack locks and do not run before they have them. They are killed when this is dropped: they must not run.
+pub(crate) struct HeldBack {
+    groups: Vec<Freezer>,
+    processes: Vec<Pid>,
+    lost: Vec<(Pid, RecordLock)>,
+}
+
+impl Drop for HeldBack {
+    fn drop(&mut self) {
+        take_locks::kill(&self.groups, &self.processes);
+    }
+}
+
+impl HeldBack {
+    /// Holds back the processes below `init`, which stand still, if one of them lacks one of `locks`.
+    ///
+    /// # Errors
+    /// [`Failure::Locks`]; they are killed.
+    pub(crate) fn if_lost(init: Pid, locks: &[OwnedLock]) -> Result<Option<Self>, Failure> {
+        if locks.is_empty() {
+            return Ok(None);
+        }
+        let mut held = Self { groups: Vec::new(), processes: vec![init], lost: Vec::new() };
+        held.find_lost(init, locks).map_err(failed)?;
+        if held.lost.is_empty() {
+            held.processes.clear();
+            return Ok(None);
+        }
+        held.freeze().map_err(failed)?;
+        Ok(Some(held))
+    }
+
+    fn find_lost(&mut self, init: Pid, locks: &[OwnedLock]) -> io::Result<()> {
+        let processes = tree(init)?;
+        for lock in locks {
+            let none = || io::Error::other(format!("there is no process {} to have its locks", lock.pid));
+            let pid = processes.get(&lock.pid).copied().ok_or_else(none)?;
+            if !lock.lock().is_held_by(pid)? {
+                self.lost.push((pid, lock.lock()));
+            }
+        }
+        self.processes = processes.into_values().collect();
+        Ok(())
+    }
+
+    fn freeze(&mut self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let mut dirs = BTreeSet::new();
+        for pid in &self.processes {
+            dirs.insert(cgroup_of(&pid.to_string())?);
+        }
+        let own = cgroup_of("self")?.join("cgroup.procs");
+        for dir in dirs {
+            if dir.join("cgroup.procs") == own {
+                return Err(format!("{} is also that of this process", dir.display()).into());
+            }
+            // runc has put CRIU there, which is to let go of the others.
+            for line in fs::read_to_string(dir.join("cgroup.procs"))?.lines() {
+                let pid = line.parse().ok().and_then(Pid::from_raw).ok_or("a process out of sight")?;
+                if !self.processes.contains(&pid) {
+                    leave(&own, line)?;
+                }
+            }
+            let group = Freezer::open(&dir)?;
+            self.groups.push(group.clone());
+            group.freeze(PATIENCE)?;
+        }
+        Ok(())
+    }
+
+    /// CRIU has let go of the processes: they get their locks, and run.
+    ///
+    /// # Errors
+    /// [`Failure::Locks`]; they are killed.
+    pub(crate) fn run(mut self) -> Result<(), Failure> {
+        let (groups, processes) = (std::mem::take(&mut self.groups), std::mem::take(&mut self.processes));
+        take_locks::take_before_they_run(&groups, &processes, &self.lost, PATIENCE).map_err(failed)
+    }
+}
+
+/// Has `process` leave its group for that of `procs`, unless it has ended.
+fn leave(procs: &Path, process: &str) -> io::Result<()> {
+    match fs::write(procs, process) {
+        Err(error) if error.raw_os_error() == Some(Errno::SRCH.raw_os_error()) => Ok(()),
+        other => other,
+    }
+}
+
+fn failed(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Failure {
+    Failure::Locks(error.into())
+}
+
+/// The processes below `init`, itself among them, by their ids in their innermost pid namespaces. Those that have ended, and
+/// whose parents do not know yet, are none.
+fn tree(init: Pid) -> io::Result<BTreeMap<u32, Pid>> {
+    let (mut found, mut open) = (BTreeMap::new(), vec![init]);
+    while let Some(pid) = open.pop() {
+        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+        if status.lines().any(|line| line.starts_with("State:\tZ")) {
+            continue;
+        }
+        found.insert(innermost(&status).ok_or_else(|| io::Error::other("a status without ids"))?, pid);
+        for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
+            let children = fs::read_to_string(thread?.path().join("children"))?;
+            open.extend(children.split_whitespace().filter_map(|child| Pid::from_raw(child.parse().ok()?)));
+        }
+    }
+    Ok(found)
+}
+
+/// The last of the ids that `/proc/<pid>/status` tells.
+fn innermost(status: &str) -> Option<u32> {
+    let ids = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
+    ids.split_whitespace().last()?.parse().ok()
+}
+
+/// The directory of the group that freezes `process`.
+fn cgroup_of(process: &str) -> io::Result<PathBuf> {
+    let text = fs::read_to_string(format!("/proc/{process}/cgroup"))?;
+    place(&text, Path::new(FREEZER).is_dir()).ok_or_else(|| io::Error::other("a process without a cgroup"))
+}
+
+fn place(cgroups: &str, has_freezer: bool) -> Option<PathBuf> {
+    let mut lines = cgroups.lines().filter_map(|line| {
+        let mut parts = line.splitn(3, ':').skip(1);
+        Some((parts.next()?, parts.next()?))
+    });
+    let (root, path) = match has_freezer {
+        true => (FREEZER, lines.find(|(names, _)| names.split(',').any(|name| name == "freezer"))?.1),
+        false => (UNIFIED, lines.find(|(names, _)| names.is_empty())?.1),
+    };
+    Some(Path::new(root).join(path.trim_start_matches('/')))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_are_version_1_s_where_it_freezes() {
+        let text = "9:name=systemd:/a\n6:freezer:/docker/b:c\n3:cpu,cpuacct:/d\n0::/e\n";
+        assert_eq!(place(text, true).unwrap(), Path::new("/sys/fs/cgroup/freezer/docker/b:c"));
+        assert_eq!(place(text, false).unwrap(), Path::new("/sys/fs/cgroup/e"));
+        assert_eq!(place("0::/\n", false).unwrap(), Path::new("/sys/fs/cgroup"));
+        assert_eq!(place("0::/\n", true), None);
+    }
+
+    #[test]
+    fn a_process_is_known_by_its_innermost_id() {
+        assert_eq!(innermost("Name:\tx\nNSpid:\t4711\t12\nPid:\t4711\n"), Some(12));
+        assert_eq!(innermost("Pid:\t4711\n"), None);
+        let us = rustix::process::getpid();
+        let tree = tree(us).unwrap();
+        assert!(tree.values().any(|pid| *pid == us), "{tree:?}");
+    }
+}

@@ -1,0 +1,260 @@
+//! Processes that stand frozen take locks ([`crate::record_lock`]) before they run.
+//!
+//! Whoever makes a process anew, and maps its files by descriptors of the moment, has it lose its locks on them; and nobody
+//! else can take them in its name.
+//!
+//! ```text
+//!  frozen ── SEIZE, INTERRUPT each thread ── thaw ──► stopped, before an instruction of its own is executed
+//!                                                        │ a thread of each owner: mmap, fcntl(F_SETLK)…, munmap
+//!  running ◄── DETACH each thread ◄── are all there? ◄───┘
+//! ```
+//! Until the last step the kernel kills the threads when this process ends (`PTRACE_O_EXITKILL`), and so does every error:
+//! nothing runs without its locks.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::process::{Signal, kill_process};
+
+use crate::Pid;
+use crate::abi::PAGE_SIZE;
+use crate::error::CallError;
+use crate::freezer::{Freezer, FreezerError, FreezerState};
+use crate::inject::block_signals;
+use crate::ptrace::{Stop, Tracee, Waited};
+use crate::record_lock::RecordLock;
+use crate::standstill::{self, StandstillError};
+use crate::thread_choice;
+use crate::vm_read::VmReader;
+use crate::window::{CS_64, Window, is_in_restartable_sequence};
+
+/// Why processes did not get their locks. They are killed in every case, and have not run.
+#[derive(Debug, thiserror::Error)]
+pub enum TakeError {
+    /// They did not stand still when this began.
+    #[error("the control group {} is not frozen", dir.display())]
+    NotFrozen {
+        /// Of the group.
+        dir: PathBuf,
+    },
+    /// The group could not be asked or thawed.
+    #[error(transparent)]
+    Freezer(#[from] FreezerError),
+    /// A thread could not be stopped.
+    #[error("a process cannot be stopped before it runs")]
+    Stop(#[from] StandstillError),
+    /// It runs 32-bit code, or all its threads are in restartable sequences.
+    #[error("no thread of process {pid} can take a lock")]
+    NoThread {
+        /// The process.
+        pid: Pid,
+    },
+    /// Somebody else has such a lock, or the file system refuses.
+    #[error("process {pid} does not get its lock by descriptor {} from {} on", lock.descriptor, lock.start)]
+    Refused {
+        /// The process.
+        pid: Pid,
+        /// The lock.
+        lock: RecordLock,
+        /// What the kernel says.
+        #[source]
+        errno: Errno,
+    },
+    /// It was taken, and the process has not got it.
+    #[error("process {pid} has not its lock by descriptor {} from {} on", lock.descriptor, lock.start)]
+    NotThere {
+        /// The process.
+        pid: Pid,
+        /// The lock.
+        lock: RecordLock,
+    },
+    /// What a process has cannot be read.
+    #[error("the locks of process {pid} cannot be read")]
+    Unreadable {
+        /// The process.
+        pid: Pid,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Another call failed.
+    #[error("the taking of locks was cut short")]
+    Call(#[from] CallError),
+    /// The thread that does it could not be started.
+    #[error("no thread could be started to take locks from")]
+    NoThreadOfOurs(#[source] io::Error),
+}
+
+/// Has processes take the `wanted` locks, each for itself, and lets them run on. `processes` are all that stand frozen by
+/// the groups `frozen`, which are thawed. Each thread stops within `patience`, before it executes anything of its own.
+///
+/// Needs `CAP_SYS_PTRACE` and `CAP_SYS_ADMIN`. A lock that the process has already stays as it is.
+///
+/// # Errors
+/// See [`TakeError`]; all the processes are killed.
+pub fn take_before_they_run(
+    frozen: &[Freezer],
+    processes: &[Pid],
+    wanted: &[(Pid, RecordLock)],
+    patience: Duration,
+) -> Result<(), TakeError> {
+    std::thread::scope(|scope| {
+        let taker = std::thread::Builder::new().name("haul-lock".into());
+        let taker = taker.spawn_scoped(scope, move || {
+            let taken = take(frozen, processes, wanted, patience);
+            if taken.is_err() {
+                kill(frozen, processes);
+            }
+            taken
+        });
+        match taker
+            .map_err(|error| {
+                kill(frozen, processes);
+                TakeError::NoThreadOfOurs(error)
+            })?
+            .join()
+        {
+            Ok(result) => result,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
+}
+
+/// Ends processes that stand frozen by `frozen` and have not run; the groups are thawed by it.
+pub fn kill(frozen: &[Freezer], processes: &[Pid]) {
+    for pid in processes {
+        // One that is gone need not be killed.
+        let _ = kill_process(*pid, Signal::KILL);
+    }
+    for group in frozen {
+        // A group without processes may be gone.
+        let _ = group.thaw();
+    }
+}
+
+fn take(
+    frozen: &[Freezer],
+    processes: &[Pid],
+    wanted: &[(Pid, RecordLock)],
+    patience: Duration,
+) -> Result<(), TakeError> {
+    block_signals()?;
+    let mut threads: HashMap<Pid, Vec<Tracee>> = HashMap::new();
+    for pid in processes {
+        for tid in standstill::threads(*pid) {
+            let seized = Tracee::seize_for_life(tid).and_then(|tracee| tracee.interrupt().map(|()| tracee));
+            let tracee = seized.map_err(|source| StandstillError::NotTraceable { tid, source })?;
+            threads.entry(*pid).or_default().push(tracee);
+        }
+    }
+    // Whoever had thawed them meanwhile would have let them run without their locks.
+    for group in frozen {
+        if group.state()? != FreezerState::Frozen {
+            return Err(TakeError::NotFrozen { dir: group.dir().to_owned() });
+        }
+    }
+    frozen.iter().try_for_each(Freezer::thaw)?;
+    let deadline = Instant::now() + patience;
+    for tracee in threads.values().flatten() {
+        match standstill::wait(tracee, deadline)? {
+            Waited::Stopped(_) => {}
+            Waited::Ended => return Err(CallError::new("wait for a thread to stop", Errno::SRCH).into()),
+            Waited::TimedOut => {
+                return Err(StandstillError::NoStop { tid: tracee.tid(), within: patience }.into());
+            }
+        }
+    }
+    let mut by_owner: HashMap<Pid, Vec<RecordLock>> = HashMap::new();
+    for (pid, lock) in wanted {
+        by_owner.entry(*pid).or_default().push(*lock);
+    }
+    for (pid, locks) in &by_owner {
+        let own = threads.get(pid).map(Vec::as_slice).unwrap_or_default();
+        let signal = take_by_one_of(*pid, own, locks)?;
+        // It was held back while the thread had other registers.
+        if let Some(signal) = signal.and_then(Signal::from_named_raw) {
+            kill_process(*pid, signal).map_err(|errno| CallError::new("kill", errno))?;
+        }
+    }
+    for (pid, lock) in wanted {
+        match lock.is_held_by(*pid) {
+            Ok(true) => {}
+            Ok(false) => return Err(TakeError::NotThere { pid: *pid, lock: *lock }),
+            Err(source) => return Err(TakeError::Unreadable { pid: *pid, source }),
+        }
+    }
+    for tracee in threads.into_values().flatten() {
+        tracee.detach(0)?;
+    }
+    Ok(())
+}
+
+/// By the first thread that can. A stop signal that came for it meanwhile.
+fn take_by_one_of(pid: Pid, threads: &[Tracee], locks: &[RecordLock]) -> Result<Option<i32>, TakeError> {
+    let memory = VmReader::open(pid)?;
+    let gadget = thread_choice::syscall_instruction(pid, &memory)?.ok_or(TakeError::NoThread { pid })?;
+    for tracee in threads {
+        let own = tracee.registers()?;
+        if own.cs != CS_64 || is_in_restartable_sequence(tracee, &memory, own.rip)? {
+            continue;
+        }
+        let mask = tracee.signal_mask()?;
+        tracee.set_signal_mask(u64::MAX)?;
+        let mut window = Window::new(tracee, gadget, own);
+        let taken = take_in(&mut window, pid, locks);
+        let signal = window.stopped_by();
+        tracee.set_registers(&own)?;
+        tracee.set_signal_mask(mask)?;
+        // Stopped once more where it was, as after any injection.
+        tracee.interrupt()?;
+        tracee.resume(0)?;
+        stop_again(tracee)?;
+        return taken.map(|()| signal);
+    }
+    Err(TakeError::NoThread { pid })
+}
+
+/// The locks are described in a page of their own: nothing of the process's memory is written to.
+fn take_in(window: &mut Window<'_>, pid: Pid, locks: &[RecordLock]) -> Result<(), TakeError> {
+    let readable = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+    let anonymous = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+    let page = made(window, "mmap", libc::SYS_mmap, &[0, PAGE_SIZE, readable, anonymous, u64::MAX, 0])?;
+    let page = page.map_err(|errno| CallError::new("mmap in the process", errno))?;
+    let memory = File::options().write(true).open(format!("/proc/{pid}/mem"));
+    let memory = memory.map_err(|error| CallError::from_io("open of a process's memory", &error))?;
+    for lock in locks {
+        let written = memory.write_all_at(&lock.to_bytes(), page);
+        written.map_err(|error| CallError::from_io("write to a process's memory", &error))?;
+        let arguments = [lock.descriptor as u64, libc::F_SETLK as u64, page];
+        let taken = made(window, "fcntl", libc::SYS_fcntl, &arguments)?;
+        taken.map_err(|errno| TakeError::Refused { pid, lock: *lock, errno })?;
+    }
+    let gone = made(window, "munmap", libc::SYS_munmap, &[page, PAGE_SIZE])?;
+    gone.map_err(|errno| CallError::new("munmap in the process", errno))?;
+    Ok(())
+}
+
+fn made(
+    window: &mut Window<'_>,
+    name: &'static str,
+    number: libc::c_long,
+    arguments: &[u64],
+) -> Result<Result<u64, Errno>, CallError> {
+    window.call(number, arguments, None)?.ok_or_else(|| CallError::new(name, Errno::TIMEDOUT))
+}
+
+fn stop_again(tracee: &Tracee) -> Result<(), CallError> {
+    loop {
+        match tracee.wait(None)? {
+            Waited::Stopped(Stop::Event) => return Ok(()),
+            Waited::Stopped(Stop::Signal(signal)) => tracee.resume(signal)?,
+            Waited::Stopped(Stop::Syscall) => tracee.resume(0)?,
+            Waited::Ended | Waited::TimedOut => return Err(CallError::new("waitpid", Errno::SRCH)),
+        }
+    }
+}
