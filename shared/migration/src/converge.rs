@@ -37,9 +37,10 @@ pub(crate) const MOST_SETTLING: usize = 24;
 const PAYS_PERCENT: u64 = 50;
 /// The same under `history`, which is there to save bytes.
 const FRUGAL_PERCENT: u64 = 40;
-/// What a round of `adaptive`, which sends a part of what waits, must have saved the freeze, of what it has sent, for
-/// another one to pay.
+/// What the latest rounds of `adaptive`, which sends a part of what waits, must have saved the freeze, of what they have
+/// sent, for another one to pay; and how many these are.
 const SAVES_PERCENT: u64 = 10;
+const SAVING: usize = 2;
 /// Time to send what is not worth another round.
 const NEARLY_NOTHING: Micros = Micros(5_000);
 /// Preparing the target takes about as long, and what is written meanwhile has to be sent in any case.
@@ -245,8 +246,7 @@ pub fn settle(
         return Decision::Freeze(Why::Phaul);
     }
     if predicted(rounds, fixed) <= aim(options, fixed) {
-        let pays = |last| pays(last, rounds, options.policy);
-        let more = settled.len() < MOST_SETTLING && settled.last().is_some_and(pays);
+        let more = settled.len() < MOST_SETTLING && pays(settled, rounds, options.policy);
         return if more { Decision::Again } else { Decision::Freeze(Why::Fits) };
     }
     match out_of_bounds(rounds, options, fixed, elapsed) {
@@ -264,21 +264,25 @@ fn stalled(slowdowns: &[Slowdown], options: &Options, fixed: Micros, elapsed: Mi
     slower.map_or_else(|| give_up(options, fixed, elapsed, Why::Stalled), |keep| Decision::SlowDown(*keep))
 }
 
-/// Whether one more round is worth its bytes although it fits already: the last one has left more than nearly nothing,
-/// and so much less than there was before it that the next one will save more of the freeze than it sends in vain.
-fn pays(last: &RoundReport, rounds: &[RoundReport], policy: Policy) -> bool {
-    let (found, left) = (last.sent + last.withheld, of(last));
+/// Whether one more round is worth its bytes although it fits already: the last one of the `settled` has left more than
+/// nearly nothing, and so much less than there was before it that the next one will save more of the freeze than it sends in
+/// vain.
+fn pays(settled: &[RoundReport], rounds: &[RoundReport], policy: Policy) -> bool {
+    let found = |round: &RoundReport| round.sent + round.withheld;
+    let Some(last) = settled.last() else { return true };
     let is_below = |pages: Pages, percent: u64, whole: Pages| {
         u128::from(pages.0) * 100 < u128::from(whole.0) * u128::from(percent)
     };
     let falls = match policy {
         Policy::Adaptive => {
-            let before = rounds.iter().rev().nth(1).map_or(found, of);
-            let saved = Pages(before.0.saturating_sub(left.0));
-            saved > Pages(0) && !is_below(saved, SAVES_PERCENT, last.sent)
+            // One that leaves more is forgiven: something else may have had the processor.
+            let (before, latest) = settled.split_at(settled.len().saturating_sub(SAVING));
+            let before = before.last().map(of).or(latest.first().map(found)).unwrap_or_default();
+            let saved = Pages(before.0.saturating_sub(of(last).0));
+            saved > Pages(0) && !is_below(saved, SAVES_PERCENT, latest.iter().map(|round| round.sent).sum())
         }
-        Policy::History { .. } => is_below(left, FRUGAL_PERCENT, found),
-        Policy::All | Policy::Phaul => is_below(left, PAYS_PERCENT, found),
+        Policy::History { .. } => is_below(of(last), FRUGAL_PERCENT, found(last)),
+        Policy::All | Policy::Phaul => is_below(of(last), PAYS_PERCENT, found(last)),
     };
     falls && predicted(rounds, Micros(0)) > NEARLY_NOTHING
 }

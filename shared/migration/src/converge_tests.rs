@@ -76,6 +76,16 @@ fn freezes_when_what_is_left_fits_and_not_before() {
 }
 
 #[test]
+fn one_round_that_leaves_more_does_not_end_what_saves() {
+    let part = |n, left| RoundReport { withheld: Pages(100), ..round(n, 300, left) };
+    let settled = [round(0, 65536, 0), part(1, 450), part(2, 320), part(3, 325), part(4, 322)];
+    let decision = |count: usize| settle(&settled[..=count], count, &[], &with("adaptive"), FIXED, NO_TIME);
+    assert_eq!(decision(1), Decision::Freeze(Why::Fits), "it leaves more than it found");
+    assert_eq!([2, 3].map(decision), [Decision::Again; 2]);
+    assert_eq!(decision(4), Decision::Freeze(Why::Fits), "the second one that does");
+}
+
+#[test]
 fn goes_on_while_it_shrinks_and_freezes_when_it_does_not() {
     let shrinking: Vec<_> = (0..20).map(|n| round(n, 1000, 100_000 - u64::from(n) * 3000)).collect();
     let flat: Vec<_> = (0..20).map(|n| round(n, 1000, 50_000)).collect();
