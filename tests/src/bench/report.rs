@@ -52,7 +52,7 @@ each contender is discarded. Figures mean something only against others of the s
 client that keeps its connection (of one that connects anew each time where connections do not survive: docker, \
 counted from the request). *new*: of one that connects anew each time. *freeze*: by the engine's own account. *wire*: \
 bytes between the hosts, both ways. *amp.*: wire by the pages that existed and were not zeros. *tax*: loss of \
-throughput in pre-copy. *CPU*, *peak*: our services on the source. *D\\**: the clairvoyant bound of the downtime.";
+throughput in pre-copy. *CPU*, *peak*: our services on the source, without the shared memory of the container that one of them has mapped. *D\\**: the clairvoyant bound of the downtime.";
 
 fn write_about(out: &mut String, about: &About) -> std::fmt::Result {
     writeln!(out, "`{}` plan, {} UTC, commit `{}`.\n", about.plan, about.date, about.commit)?;
