@@ -83,7 +83,7 @@ fn commands_that_cannot_be_understood_are_answered_with_a_fault_and_change_nothi
                 &id,
                 OpenFiles { token: Token::generate(), roots: Vec::new(), tmpfs: Vec::new() },
             )?,
-            Asked::new(&b, &id, Create { spec: Value::Null, memory: Bytes(0), images: Bytes(0) })?,
+            Asked::new(&b, &id, Create { spec: Value::Null, memory: Bytes(0), images: None })?,
             Asked::new(
                 &b,
                 &id,

@@ -25,7 +25,7 @@ use crate::Checkpointer;
 use crate::drift;
 use crate::failure::{self, EXEC_SESSION, FREEZE, IO_IN_FLIGHT, fault, joined};
 use crate::hold::{Session, State};
-use crate::inspect::{bundle, volume_root};
+use crate::inspect::{bundle, carried_tmpfs, volume_root};
 use crate::notes::{DUMP, Notes};
 use crate::obstacle;
 use crate::room;
@@ -108,8 +108,8 @@ fn prepare(
         volumes: volumes.collect(),
     };
     notes.write(&dir).map_err(fault(FREEZE))?;
-    let room = room::of_images(&processes)?;
-    service.config.scratch(migration).make(DUMP, room.0).map_err(fault(FREEZE))?;
+    let room = room::of_images(&processes, &bundle, &carried_tmpfs(&bundle)).map_err(fault(FREEZE))?;
+    service.config.scratch(migration).make(DUMP, Some(room.0)).map_err(fault(FREEZE))?;
     let mask = PagemapMask::prepare(&service.criu, Path::new(DEFAULT_PARENT)).map_err(fault(FREEZE))?;
     let change = quiet::Change::to_silence(&namespace).map_err(fault(FREEZE))?;
     let state = State::Frozen(mask);

@@ -68,7 +68,7 @@ fn describe(
     limits_are_readable(&processes)?;
     obstacle::refuse(&processes, &NOT_INSPECTABLE)?;
     let memory = processes.iter().map(|process| resident(process.pid.as_raw_nonzero().get())).sum();
-    let roots = roots(captured)?;
+    let (roots, tmpfs) = (roots(captured)?, carried_tmpfs(&bundle));
     let host = HostFacts::gather(engine).map_err(failure::fault(NOT_INSPECTABLE))?;
     let encode =
         |error: serde_json::Error| Fault::new(code::INTERNAL, "cannot encode the container").because(&error);
@@ -81,11 +81,11 @@ fn describe(
         cgroup_procs: text(&bundle.cgroup.procs_file)?,
         processes: u32::try_from(processes.len()).unwrap_or(u32::MAX),
         memory,
-        images: room::of_images(&processes)?,
+        images: Some(room::of_images(&processes, &bundle, &tmpfs).map_err(failure::fault(NOT_INSPECTABLE))?),
         disk: roots.iter().map(|root| on_disk(Path::new(&root.path))).sum(),
         image_size,
         roots,
-        tmpfs: carried_tmpfs(&bundle),
+        tmpfs,
         descriptors: bundle.external_descriptors.clone(),
         mapped_writable: mapped_writable(&processes, spec)?,
     })
@@ -170,7 +170,7 @@ fn roots(captured: &Captured) -> Result<Vec<SourceRoot>, Fault> {
 
 /// The tmpfs mounts that the files service carries: those that it can make anew, name and look at. What is in `/dev`,
 /// `/proc` and `/sys` the engine has made; it goes as a list, and any other is left to CRIU.
-fn carried_tmpfs(bundle: &BundleFacts) -> Vec<SourceTmpfs> {
+pub(crate) fn carried_tmpfs(bundle: &BundleFacts) -> Vec<SourceTmpfs> {
     let all = bundle.tmpfs.iter().filter(|tmpfs| can_be_carried(tmpfs));
     all.filter_map(|tmpfs| source_tmpfs(bundle.init_pid, tmpfs).ok().flatten()).collect()
 }

@@ -206,7 +206,7 @@ fn write_files(out: &mut String, record: &Migration) -> std::fmt::Result {
 
 fn write_freeze(out: &mut String, record: &Migration) -> std::fmt::Result {
     let Some(split) = timing::freeze_split(record) else { return Ok(()) };
-    writeln!(out, "\nfrozen for {} (dump, last round and files run in parallel)", split.total)?;
+    writeln!(out, "\nfrozen for {} (dump, last round, files and ship dump overlap)", split.total)?;
     for (part, took) in [
         ("freeze", split.freeze),
         ("dump", split.dump),

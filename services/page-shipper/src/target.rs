@@ -45,8 +45,9 @@ pub(crate) async fn open(
 /// container holds it again. Refused at once where neither has room for it; what a container needs more than it did when
 /// it was looked at is found out when it comes.
 fn place(config: &HostConfig, migration: &MigrationId, memory: Size) -> Result<PathBuf, Fault> {
-    if has_ample_room(&config.page_dir, memory.0) {
-        return Ok(config.memory_dir(migration));
+    let in_memory = || config.scratch(migration).in_memory();
+    if let Some(dir) = has_ample_room(&config.page_dir, memory.0).then(in_memory).flatten() {
+        return Ok(dir);
     }
     let room = room_in(&config.state_dir);
     if room >= memory.0 {

@@ -30,7 +30,7 @@ pub(crate) async fn create(
     }
     let spec: ContainerSpec = decode("the container", ask.spec)?;
     // Of images there are two sets, the one that comes and the one that is joined with the pages.
-    let room = ask.memory.0.saturating_add(ask.images.0.saturating_mul(2));
+    let room = ask.images.map(|images| ask.memory.0.saturating_add(images.0.saturating_mul(2)));
     let made = make(&service, &migration, &dir, spec, room).await;
     if made.is_err()
         && let Err(error) = finish::undo(service.clone(), migration.clone()).await
@@ -45,7 +45,7 @@ async fn make(
     migration: &MigrationId,
     dir: &Path,
     spec: ContainerSpec,
-    room: u64,
+    room: Option<u64>,
 ) -> Result<Created, Fault> {
     let docker = &service.docker;
     let mut notes = Notes::of(spec);

@@ -2,9 +2,11 @@
 //! memory may never answer.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use haulage_criu::quiet;
+use haulage_sys::freezer::{self, Freezer};
 use haulage_sys::{Pid, pidfd};
 use rustix::process::{Signal, pidfd_send_signal};
 
@@ -50,30 +52,43 @@ pub(crate) fn kill_container(id: &str) -> io::Result<()> {
                 processes.len()
             )));
         }
-        for pid in processes {
-            kill(pid, id)?;
+        let mut dying = Vec::new();
+        for pid in &processes {
+            dying.extend(kill(*pid, id)?);
+        }
+        // A restore that was broken off may have left it frozen. All of it has been told to die by now, so nothing runs.
+        processes.iter().for_each(|pid| thaw(*pid));
+        dying.iter().try_for_each(wait_for)?;
+    }
+}
+
+fn thaw(pid: Pid) {
+    let group = freezer::dir_of(&pid.to_string()).ok().and_then(|dir| Freezer::open(&dir).ok());
+    // One that is gone with its processes need not be thawed.
+    if let Some(Err(error)) = group.map(|group| group.thaw()) {
+        tracing::debug!(%pid, %error, "the group of a killed process was not thawed");
+    }
+}
+
+/// Nobody, if the process is gone.
+fn kill(pid: Pid, id: &str) -> io::Result<Option<OwnedFd>> {
+    let Ok(process) = pidfd::open(pid) else { return Ok(None) };
+    // The number may have changed hands since it was listed; the descriptor cannot.
+    if !is_of(pid, id) {
+        return Ok(None);
+    }
+    match pidfd_send_signal(&process, Signal::KILL) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(Some(process)),
+        Err(error) => {
+            let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            let error = io::Error::from(error);
+            Err(io::Error::new(error.kind(), format!("cannot kill {} ({pid}): {error}", name.trim_end())))
         }
     }
 }
 
-fn kill(pid: Pid, id: &str) -> io::Result<()> {
-    let Ok(process) = pidfd::open(pid) else { return Ok(()) };
-    // The number may have changed hands since it was listed; the descriptor cannot.
-    if !is_of(pid, id) {
-        return Ok(());
-    }
-    match pidfd_send_signal(&process, Signal::KILL) {
-        Ok(()) | Err(rustix::io::Errno::SRCH) => {}
-        Err(error) => {
-            let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            let error = io::Error::from(error);
-            return Err(io::Error::new(
-                error.kind(),
-                format!("cannot kill {} ({pid}): {error}", name.trim_end()),
-            ));
-        }
-    }
-    let mut dying = [rustix::event::PollFd::new(&process, rustix::event::PollFlags::IN)];
+fn wait_for(process: &OwnedFd) -> io::Result<()> {
+    let mut dying = [rustix::event::PollFd::new(process, rustix::event::PollFlags::IN)];
     let within = rustix::event::Timespec { tv_sec: 1, tv_nsec: 0 };
     rustix::event::poll(&mut dying, Some(&within))?;
     Ok(())

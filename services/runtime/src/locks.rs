@@ -10,20 +10,17 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use haulage_criu::record_locks::OwnedLock;
-use haulage_sys::freezer::Freezer;
-use haulage_sys::record_lock::RecordLock;
+use haulage_sys::freezer::{self, Freezer};
+use haulage_sys::record_lock::{self, RecordLock};
 use haulage_sys::take_locks;
 use haulage_sys::{Errno, Pid};
 
 use crate::failure::Failure;
 
-/// Where cgroups are: version 1's freezer, and version 2.
-const FREEZER: &str = "/sys/fs/cgroup/freezer";
-const UNIFIED: &str = "/sys/fs/cgroup";
 /// How long a group may take to freeze, whose processes stand still, and threads to stop that do not run.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -61,13 +58,12 @@ impl HeldBack {
 
     fn find_lost(&mut self, init: Pid, locks: &[OwnedLock]) -> io::Result<()> {
         let processes = tree(init)?;
-        for lock in locks {
+        let with_owner = |lock: &OwnedLock| {
             let none = || io::Error::other(format!("there is no process {} to have its locks", lock.pid));
-            let pid = processes.get(&lock.pid).copied().ok_or_else(none)?;
-            if !lock.lock().is_held_by(pid)? {
-                self.lost.push((pid, lock.lock()));
-            }
-        }
+            processes.get(&lock.pid).map(|pid| (*pid, lock.lock())).ok_or_else(none)
+        };
+        let wanted = locks.iter().map(with_owner).collect::<io::Result<Vec<_>>>()?;
+        self.lost = record_lock::missing(&wanted)?;
         self.processes = processes.into_values().collect();
         Ok(())
     }
@@ -75,9 +71,9 @@ impl HeldBack {
     fn freeze(&mut self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let mut dirs = BTreeSet::new();
         for pid in &self.processes {
-            dirs.insert(cgroup_of(&pid.to_string())?);
+            dirs.insert(freezer::dir_of(&pid.to_string())?);
         }
-        let own = cgroup_of("self")?.join("cgroup.procs");
+        let own = freezer::dir_of("self")?.join("cgroup.procs");
         for dir in dirs {
             if dir.join("cgroup.procs") == own {
                 return Err(format!("{} is also that of this process", dir.display()).into());
@@ -142,36 +138,9 @@ fn innermost(status: &str) -> Option<u32> {
     ids.split_whitespace().last()?.parse().ok()
 }
 
-/// The directory of the group that freezes `process`.
-fn cgroup_of(process: &str) -> io::Result<PathBuf> {
-    let text = fs::read_to_string(format!("/proc/{process}/cgroup"))?;
-    place(&text, Path::new(FREEZER).is_dir()).ok_or_else(|| io::Error::other("a process without a cgroup"))
-}
-
-fn place(cgroups: &str, has_freezer: bool) -> Option<PathBuf> {
-    let mut lines = cgroups.lines().filter_map(|line| {
-        let mut parts = line.splitn(3, ':').skip(1);
-        Some((parts.next()?, parts.next()?))
-    });
-    let (root, path) = match has_freezer {
-        true => (FREEZER, lines.find(|(names, _)| names.split(',').any(|name| name == "freezer"))?.1),
-        false => (UNIFIED, lines.find(|(names, _)| names.is_empty())?.1),
-    };
-    Some(Path::new(root).join(path.trim_start_matches('/')))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn groups_are_version_1_s_where_it_freezes() {
-        let text = "9:name=systemd:/a\n6:freezer:/docker/b:c\n3:cpu,cpuacct:/d\n0::/e\n";
-        assert_eq!(place(text, true).unwrap(), Path::new("/sys/fs/cgroup/freezer/docker/b:c"));
-        assert_eq!(place(text, false).unwrap(), Path::new("/sys/fs/cgroup/e"));
-        assert_eq!(place("0::/\n", false).unwrap(), Path::new("/sys/fs/cgroup"));
-        assert_eq!(place("0::/\n", true), None);
-    }
 
     #[test]
     fn a_process_is_known_by_its_innermost_id() {

@@ -246,7 +246,9 @@ pub fn settle(
         return Decision::Freeze(Why::Phaul);
     }
     if predicted(rounds, fixed) <= aim(options, fixed) {
-        let more = settled.len() < MOST_SETTLING && pays(settled, rounds, options.policy);
+        let more = settled.len() < MOST_SETTLING
+            && pays(settled, rounds, options.policy)
+            && out_of_bounds(rounds, options, fixed, elapsed) == Decision::Again;
         return if more { Decision::Again } else { Decision::Freeze(Why::Fits) };
     }
     match out_of_bounds(rounds, options, fixed, elapsed) {

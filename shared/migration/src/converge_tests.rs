@@ -76,6 +76,16 @@ fn freezes_when_what_is_left_fits_and_not_before() {
 }
 
 #[test]
+fn what_fits_is_not_put_off_beyond_the_deadline_or_the_rounds_that_were_asked_for() {
+    let rounds = [round(0, 65536, 500), round(1, 500, 200)];
+    let deadline = Options { deadline_ms: Some(10), ..with("adaptive") };
+    assert_eq!(settle(&rounds, 1, &[], &deadline, FIXED, Micros(9_999)), Decision::Again);
+    assert_eq!(settle(&rounds, 1, &[], &deadline, FIXED, Micros(10_000)), Decision::Freeze(Why::Fits));
+    let two = Options { max_rounds: Some(2), ..with("adaptive") };
+    assert_eq!(settle(&rounds, 1, &[], &two, FIXED, NO_TIME), Decision::Freeze(Why::Fits));
+}
+
+#[test]
 fn one_round_that_leaves_more_does_not_end_what_saves() {
     let part = |n, left| RoundReport { withheld: Pages(100), ..round(n, 300, left) };
     let settled = [round(0, 65536, 0), part(1, 450), part(2, 320), part(3, 325), part(4, 322)];

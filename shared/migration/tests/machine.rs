@@ -180,7 +180,7 @@ impl World {
                 cgroup_procs: String::new(),
                 processes: 1,
                 memory: Bytes(0),
-                images: Bytes(0),
+                images: None,
                 disk: Bytes(0),
                 image_size: Bytes(0),
                 roots: Vec::new(),

@@ -17,6 +17,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use haulage_sys::view::View;
@@ -29,6 +30,8 @@ use crate::range::{PageNo, PageRange, RangeSet};
 const SHARE: u32 = 10;
 /// So few pages the last round leaves for the freeze: reading them takes a millisecond.
 const FEW: u64 = 1024;
+/// Bytes that are brought into view at a time.
+const AT_ONCE: usize = 64 << 20;
 /// Pages that are read at a time; they stay in the processor's cache.
 const PIECE: u64 = 64;
 
@@ -86,7 +89,13 @@ fn view_of(file: &File, pages: &RangeSet) -> io::Result<View> {
     let length = pages.runs().last().map_or(0, |run| run.addresses().end);
     let fill = || {
         let view = View::of(file, length)?;
-        pages.iter().try_for_each(|run| view.populate(run.addresses()))?;
+        for run in pages.iter() {
+            let Range { start, end } = run.addresses();
+            // Nothing of this process can be mapped or unmapped meanwhile.
+            for at in (start..end).step_by(AT_ONCE) {
+                view.populate(at..end.min(at + AT_ONCE as u64))?;
+            }
+        }
         Ok(view)
     };
     fill().map_err(|CallError { errno, .. }| errno.into())

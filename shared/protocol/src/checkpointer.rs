@@ -64,9 +64,9 @@ pub struct Inspected {
     pub processes: u32,
     /// Memory in use: the resident memory of all processes, shared pages counted in each.
     pub memory: Bytes,
-    /// What CRIU's images of it may come to, nearly.
+    /// What CRIU's images of it may come to, nearly, if that is known.
     #[serde(default)]
-    pub images: Bytes,
+    pub images: Option<Bytes>,
     /// What the writable layer and the volumes take up on disk.
     pub disk: Bytes,
     /// The size of the image's layers.

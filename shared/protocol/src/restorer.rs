@@ -57,7 +57,7 @@ pub struct Create {
     pub memory: Bytes,
     /// What CRIU's images of it may come to (`Inspected::images`).
     #[serde(default)]
-    pub images: Bytes,
+    pub images: Option<Bytes>,
 }
 
 /// The answer to [`Create`].

@@ -184,6 +184,31 @@ impl Freezer {
     }
 }
 
+/// Where groups are: version 1's freezer, and version 2.
+const FREEZER: &str = "/sys/fs/cgroup/freezer";
+const UNIFIED: &str = "/sys/fs/cgroup";
+
+/// The directory of the group that freezes `process`, a number or `self`.
+///
+/// # Errors
+/// When the process is gone, or in no such group.
+pub fn dir_of(process: &str) -> io::Result<PathBuf> {
+    let text = fs::read_to_string(format!("/proc/{process}/cgroup"))?;
+    place(&text, Path::new(FREEZER).is_dir()).ok_or_else(|| io::Error::other("a process without a cgroup"))
+}
+
+fn place(cgroups: &str, has_freezer: bool) -> Option<PathBuf> {
+    let mut lines = cgroups.lines().filter_map(|line| {
+        let mut parts = line.splitn(3, ':').skip(1);
+        Some((parts.next()?, parts.next()?))
+    });
+    let (root, path) = match has_freezer {
+        true => (FREEZER, lines.find(|(names, _)| names.split(',').any(|name| name == "freezer"))?.1),
+        false => (UNIFIED, lines.find(|(names, _)| names.is_empty())?.1),
+    };
+    Some(Path::new(root).join(path.trim_start_matches('/')))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -227,6 +252,15 @@ mod tests {
                 std::thread::sleep(LOOK_EVERY);
             }
         }
+    }
+
+    #[test]
+    fn groups_are_version_1_s_where_it_freezes() {
+        let text = "9:name=systemd:/a\n6:freezer:/docker/b:c\n3:cpu,cpuacct:/d\n0::/e\n";
+        assert_eq!(place(text, true).unwrap(), Path::new("/sys/fs/cgroup/freezer/docker/b:c"));
+        assert_eq!(place(text, false).unwrap(), Path::new("/sys/fs/cgroup/e"));
+        assert_eq!(place("0::/\n", false).unwrap(), Path::new("/sys/fs/cgroup"));
+        assert_eq!(place("0::/\n", true), None);
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! The kernel gives up such locks of a process on a file when the process closes any descriptor of that file.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::mem::{offset_of, size_of};
@@ -102,6 +103,30 @@ pub fn of_process(pid: Pid) -> io::Result<Vec<RecordLock>> {
     }
 }
 
+/// Those of `wanted` that the processes have not.
+///
+/// # Errors
+/// When what they have cannot be read; `NotFound` also when one has not the descriptor.
+pub fn missing(wanted: &[(Pid, RecordLock)]) -> io::Result<Vec<(Pid, RecordLock)>> {
+    // A descriptor tells all locks on its file, of which there may be thousands.
+    let mut held = HashMap::new();
+    for (pid, lock) in wanted {
+        if let Entry::Vacant(place) = held.entry((*pid, lock.descriptor)) {
+            let path = format!("/proc/{pid}/fdinfo/{}", lock.descriptor);
+            let text = fs::read_to_string(&path);
+            let text = text.map_err(|error| io::Error::new(error.kind(), format!("{path}: {error}")))?;
+            let all = Told::all_of_descriptor(&text);
+            let all = all.map(|told| (told.for_writing, told.start, told.length));
+            place.insert(all.collect::<HashSet<_>>());
+        }
+    }
+    let has = |(pid, lock): &&(Pid, RecordLock)| {
+        let held = held.get(&(*pid, lock.descriptor));
+        held.is_some_and(|held| held.contains(&(lock.for_writing, lock.start, lock.length)))
+    };
+    Ok(wanted.iter().filter(|wanted| !has(wanted)).copied().collect())
+}
+
 /// Whether what `/proc/<pid>/fdinfo/<number>` tells is open for writing, or for reading.
 fn is_open_for(fdinfo: &str, writing: bool) -> bool {
     let flags = fdinfo.lines().find_map(|line| line.strip_prefix("flags:"));
@@ -115,16 +140,6 @@ fn is_open_for(fdinfo: &str, writing: bool) -> bool {
 }
 
 impl RecordLock {
-    /// Whether the process has it.
-    ///
-    /// # Errors
-    /// When what it has cannot be read; `NotFound` also when it has not the descriptor.
-    pub fn is_held_by(&self, pid: Pid) -> io::Result<bool> {
-        let text = fs::read_to_string(format!("/proc/{pid}/fdinfo/{}", self.descriptor))?;
-        let is = (self.for_writing, self.start, self.length);
-        Ok(Told::all_of_descriptor(&text).any(|told| (told.for_writing, told.start, told.length) == is))
-    }
-
     /// As `fcntl` takes it.
     pub(crate) fn to_bytes(self) -> [u8; size_of::<libc::flock>()] {
         let kind = if self.for_writing { libc::F_WRLCK } else { libc::F_RDLCK } as i16;

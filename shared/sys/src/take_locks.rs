@@ -27,11 +27,13 @@ use crate::error::CallError;
 use crate::freezer::{Freezer, FreezerError, FreezerState};
 use crate::inject::block_signals;
 use crate::ptrace::{Stop, Tracee, Waited};
-use crate::record_lock::RecordLock;
+use crate::record_lock::{self, RecordLock};
 use crate::standstill::{self, StandstillError};
 use crate::thread_choice;
 use crate::vm_read::VmReader;
 use crate::window::{CS_64, Window, is_in_restartable_sequence};
+
+const LOOK_EVERY: Duration = Duration::from_micros(100);
 
 /// Why processes did not get their locks. They are killed in every case, and have not run.
 #[derive(Debug, thiserror::Error)]
@@ -74,14 +76,8 @@ pub enum TakeError {
         lock: RecordLock,
     },
     /// What a process has cannot be read.
-    #[error("the locks of process {pid} cannot be read")]
-    Unreadable {
-        /// The process.
-        pid: Pid,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    #[error("locks cannot be read")]
+    Unreadable(#[source] io::Error),
     /// Another call failed.
     #[error("the taking of locks was cut short")]
     Call(#[from] CallError),
@@ -146,20 +142,20 @@ fn take(
     block_signals()?;
     let mut threads: HashMap<Pid, Vec<Tracee>> = HashMap::new();
     for pid in processes {
-        for tid in standstill::threads(*pid) {
+        let all = standstill::threads(*pid);
+        if all.is_empty() {
+            return Err(TakeError::NoThread { pid: *pid });
+        }
+        for tid in all {
             let seized = Tracee::seize_for_life(tid).and_then(|tracee| tracee.interrupt().map(|()| tracee));
             let tracee = seized.map_err(|source| StandstillError::NotTraceable { tid, source })?;
             threads.entry(*pid).or_default().push(tracee);
         }
     }
     // Whoever had thawed them meanwhile would have let them run without their locks.
-    for group in frozen {
-        if group.state()? != FreezerState::Frozen {
-            return Err(TakeError::NotFrozen { dir: group.dir().to_owned() });
-        }
-    }
-    frozen.iter().try_for_each(Freezer::thaw)?;
     let deadline = Instant::now() + patience;
+    frozen.iter().try_for_each(|group| is_frozen(group, deadline))?;
+    frozen.iter().try_for_each(Freezer::thaw)?;
     for tracee in threads.values().flatten() {
         match standstill::wait(tracee, deadline)? {
             Waited::Stopped(_) => {}
@@ -181,17 +177,25 @@ fn take(
             kill_process(*pid, signal).map_err(|errno| CallError::new("kill", errno))?;
         }
     }
-    for (pid, lock) in wanted {
-        match lock.is_held_by(*pid) {
-            Ok(true) => {}
-            Ok(false) => return Err(TakeError::NotThere { pid: *pid, lock: *lock }),
-            Err(source) => return Err(TakeError::Unreadable { pid: *pid, source }),
-        }
+    if let Some((pid, lock)) = record_lock::missing(wanted).map_err(TakeError::Unreadable)?.first() {
+        return Err(TakeError::NotThere { pid: *pid, lock: *lock });
     }
     for tracee in threads.into_values().flatten() {
         tracee.detach(0)?;
     }
     Ok(())
+}
+
+/// A thread that its tracer has just let go counts as frozen only when it has come to the freezer again, before which it
+/// executes nothing.
+fn is_frozen(group: &Freezer, deadline: Instant) -> Result<(), TakeError> {
+    loop {
+        match group.state()? {
+            FreezerState::Frozen => return Ok(()),
+            FreezerState::Freezing if Instant::now() < deadline => std::thread::sleep(LOOK_EVERY),
+            _ => return Err(TakeError::NotFrozen { dir: group.dir().to_owned() }),
+        }
+    }
 }
 
 /// By the first thread that can. A stop signal that came for it meanwhile.

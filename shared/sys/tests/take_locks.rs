@@ -9,7 +9,7 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use haulage_sys::freezer::{Freezer, FreezerState};
-use haulage_sys::record_lock::{RecordLock, of_process, owners};
+use haulage_sys::record_lock::{RecordLock, missing, of_process, owners};
 use haulage_sys::take_locks::{TakeError, take_before_they_run};
 use haulage_sys::{Errno, Pid};
 use rustix::fs::{FlockOperation, fcntl_lock};
@@ -124,10 +124,10 @@ fn locks_are_there_and_the_processes_run_on() {
         let before = [first, second].map(maps);
         let other = RecordLock { descriptor: DESCRIPTOR, for_writing: true, start: 200, length: 1 };
         let wanted = [(first, LOCKS[0]), (second, other), (first, LOCKS[1])];
-        assert!(wanted.iter().all(|(pid, lock)| !lock.is_held_by(*pid).unwrap()));
+        assert_eq!(missing(&wanted).unwrap(), wanted);
         frozen.take(&wanted).unwrap();
-        assert!(wanted.iter().all(|(pid, lock)| lock.is_held_by(*pid).unwrap()));
-        assert!(!LOCKS[0].is_held_by(second).unwrap());
+        assert_eq!(missing(&wanted).unwrap(), []);
+        assert_eq!(missing(&[(second, LOCKS[0])]).unwrap().len(), 1);
         assert_eq!(owners().unwrap().get(&first), Some(&2));
         assert_eq!(owners().unwrap().get(&second), Some(&1));
         assert_eq!([first, second].map(maps), before);
@@ -139,7 +139,7 @@ fn locks_are_there_and_the_processes_run_on() {
         assert_eq!(of_process(second).unwrap(), [other]);
         // Taken already: nothing changes.
         frozen.take(&wanted).unwrap();
-        assert!(wanted.iter().all(|(pid, lock)| lock.is_held_by(*pid).unwrap()));
+        assert_eq!(missing(&wanted).unwrap(), []);
         assert_eq!(owners().unwrap().get(&first), Some(&2));
     }
 }
