@@ -18,7 +18,7 @@ cp "$real" "$1/criu.real"
 cat > "$1/criu.broken" <<END
 #!/bin/sh
 case "\$(tr '\0' ' ' < /proc/\$PPID/cmdline)" in
-*runc*restore*) [ -z "\$(find "$1" -path '*/complete/inventory.img')" ] || exit 1 ;;
+*runc*restore*) [ -z "\$(find "$1" /run -path '*/complete/inventory.img')" ] || exit 1 ;;
 esac
 exec "$1/criu.real" "\$@"
 END
