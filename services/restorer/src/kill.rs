@@ -52,21 +52,29 @@ pub(crate) fn kill_container(id: &str) -> io::Result<()> {
                 processes.len()
             )));
         }
+        let groups: Vec<Freezer> = processes.iter().filter_map(|pid| group_of(*pid, id)).collect();
         let mut dying = Vec::new();
         for pid in &processes {
             dying.extend(kill(*pid, id)?);
         }
         // A restore that was broken off may have left it frozen. All of it has been told to die by now, so nothing runs.
-        processes.iter().for_each(|pid| thaw(*pid));
+        groups.iter().for_each(thaw);
         dying.iter().try_for_each(wait_for)?;
     }
 }
 
-fn thaw(pid: Pid) {
-    let group = freezer::dir_of(&pid.to_string()).ok().and_then(|dir| Freezer::open(&dir).ok());
+/// What freezes `pid`, if that is named after the container: the number may have changed hands, and what has it now may
+/// have to stand still.
+fn group_of(pid: Pid, id: &str) -> Option<Freezer> {
+    let dir = freezer::dir_of(&pid.to_string()).ok()?;
+    let is_its = dir.to_str().is_some_and(|dir| dir.contains(id));
+    is_its.then(|| Freezer::open(&dir).ok()).flatten()
+}
+
+fn thaw(group: &Freezer) {
     // One that is gone with its processes need not be thawed.
-    if let Some(Err(error)) = group.map(|group| group.thaw()) {
-        tracing::debug!(%pid, %error, "the group of a killed process was not thawed");
+    if let Err(error) = group.thaw() {
+        tracing::debug!(group = %group.dir().display(), %error, "the group of killed processes was not thawed");
     }
 }
 
