@@ -31,6 +31,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 
 use crate::failure::Failure;
+use crate::init::Init;
 use crate::locks::HeldBack;
 use crate::network::Network;
 
@@ -67,8 +68,8 @@ pub(crate) enum Kept {
     Nothing,
     /// The conversation is over, and the processes were never resumed.
     Silent,
-    /// They run, which is recorded, and are heard.
-    Speaks(Outcome),
+    /// They run, which is recorded, and are heard, for as long as runc agrees.
+    Speaks(Outcome, Option<Init>),
 }
 
 impl Keeper<'_> {
@@ -98,9 +99,13 @@ impl Keeper<'_> {
         // Beside the images, where they are by now.
         let locks = record_locks::read(&self.armed.images).map_err(|error| Failure::Locks(error.into()))?;
         let Some(criu) = end(READY)? else { return Ok(Kept::Silent) };
-        let kept = self.relay(&runc, &criu, &gate, &locks);
+        let mut init = None;
+        let spoke = self.relay(&runc, &criu, &gate, &locks, &mut init);
+        if let (Err(_) | Ok(None), Some(init)) = (&spoke, &init) {
+            init.kill();
+        }
         see_off(&criu);
-        kept
+        Ok(spoke?.map_or(Kept::Silent, |outcome| Kept::Speaks(outcome, init)))
     }
 
     /// Waits for the word to go on, and gives the descriptors that came before it; `None` when the word does not come.
@@ -145,17 +150,18 @@ impl Keeper<'_> {
         }
     }
 
-    /// Passes messages on, whole as they come, until one side ends, or the gate.
+    /// Passes messages on, whole as they come, until one side ends, or the gate. What is recorded of processes that run and
+    /// are heard.
     fn relay(
         mut self,
         runc: &OwnedFd,
         criu: &OwnedFd,
         gate: &UnixStream,
         locks: &[OwnedLock],
-    ) -> Result<Kept, Failure> {
+        init: &mut Option<Init>,
+    ) -> Result<Option<Outcome>, Failure> {
         let mut buffer = vec![0; MAX_MESSAGE];
-        let mut kept = Kept::Silent;
-        let (mut init, mut held_back) = (None, None);
+        let (mut spoke, mut first, mut held_back) = (None, None, None);
         loop {
             let mut polled =
                 [PollFd::new(runc, PollFlags::IN), PollFd::new(criu, PollFlags::IN), end_of(gate)];
@@ -166,31 +172,34 @@ impl Keeper<'_> {
             }
             let [runc_s, criu_s, gate_s] = polled.map(|end| !end.revents().is_empty());
             if criu_s {
-                let Some(message) = receive(criu, &mut buffer)? else { return Ok(kept) };
+                let Some(message) = receive(criu, &mut buffer)? else { return Ok(spoke) };
                 let notify = notify(message);
                 match notify.stage.as_deref() {
-                    Some(MADE) => init = notify.pid.and_then(Pid::from_raw),
+                    Some(MADE) => {
+                        first = notify.pid.and_then(Pid::from_raw);
+                        *init = first.map(Init::of).transpose()?;
+                    }
                     Some(RESTORED) => {
-                        held_back = hold_back(init, locks)?;
+                        held_back = hold_back(first, locks)?;
                         self.record()?;
                     }
-                    Some(RESUMED) if matches!(kept, Kept::Silent) => {
+                    Some(RESUMED) if spoke.is_none() => {
                         held_back.take().map_or(Ok(()), HeldBack::run)?;
-                        kept = Kept::Speaks(self.speak()?);
+                        spoke = Some(self.speak()?);
                     }
                     _ => {}
                 }
                 if !pass(runc, message)? {
-                    return Ok(kept);
+                    return Ok(spoke);
                 }
             } else if runc_s {
                 match receive(runc, &mut buffer)? {
                     Some(message) if pass(criu, message)? => {}
-                    _ => return Ok(kept),
+                    _ => return Ok(spoke),
                 }
             } else if gate_s {
                 // It would have waited for CRIU: to runc, it is CRIU that is gone.
-                return Ok(kept);
+                return Ok(spoke);
             }
         }
     }

@@ -10,6 +10,7 @@ mod args;
 mod cgroup;
 mod failure;
 mod gate;
+mod init;
 mod keeper;
 mod locks;
 mod network;

@@ -12,7 +12,7 @@ use haulage_sys::{Pid, pass_fd};
 use rustix::mount::{
     MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_change, unmount,
 };
-use rustix::process::{Signal, kill_process};
+use rustix::process::{Signal, WaitOptions, getpid, kill_process, set_child_subreaper, waitpid};
 
 use crate::container::{Container, poll};
 use crate::{RUNTIME, command, log, take_away};
@@ -238,6 +238,59 @@ fn whoever_dies_while_criu_waits_leaves_no_criu() {
         assert!(matches!(waiting.root.state(&container.id).unwrap(), State::Armed(_)), "{name}");
         waiting.root.disarm(&container.id).unwrap();
     }
+}
+
+#[test]
+fn the_container_s_end_is_told_to_who_started_the_runtime() {
+    set_child_subreaper(Some(getpid())).unwrap();
+    let container = Container::start("cc");
+    let ticks = take_away(&container);
+    Waiting::begin(&container).goes_on(ticks);
+    let init = Pid::from_raw(container.pid()).unwrap();
+    kill_process(init, Signal::KILL).unwrap();
+    let (_, status) = waitpid(Some(init), WaitOptions::empty()).unwrap().unwrap();
+    assert_eq!(status.terminating_signal(), Some(Signal::KILL.as_raw()));
+}
+
+/// Whoever runs in a group of the container's, in any hierarchy.
+fn members(container: &Container) -> Vec<String> {
+    let hierarchies = fs::read_dir("/sys/fs/cgroup").unwrap().map(|entry| entry.unwrap().path());
+    let groups = hierarchies.chain([PathBuf::from("/sys/fs/cgroup")]);
+    let procs = groups.map(|dir| dir.join(format!("haul-criu-test-{}/cgroup.procs", container.id)));
+    procs.filter_map(|procs| fs::read_to_string(procs).ok()).filter(|procs| !procs.is_empty()).collect()
+}
+
+#[test]
+fn a_gate_that_dies_in_the_middle_leaves_nothing_running() {
+    let moments: [(&str, fn(&Waiting<'_>) -> bool); 4] = [
+        ("c8", |waiting| !matches!(waiting.root.state(&waiting.container.id).unwrap(), State::Armed(_))),
+        ("c9", |waiting| waiting.container.work().join("restore.log").exists()),
+        ("ca", |waiting| !children(waiting.gate).into_iter().all(|child| child == waiting.criu)),
+        ("cb", |waiting| waiting.root.outcome(&waiting.container.id).unwrap().is_some()),
+    ];
+    for (name, moment) in moments {
+        assert!((0..10).any(|_| dies_in_time(name, moment)), "{name}: the restore was over each time");
+    }
+}
+
+/// Kills the gate at `moment`, and looks at what is left; false if the restore was over by then.
+fn dies_in_time(name: &str, moment: fn(&Waiting<'_>) -> bool) -> bool {
+    let container = Container::start(name);
+    take_away(&container);
+    let mut waiting = Waiting::begin(&container);
+    pass_fd::send(&waiting.words, GO, None).unwrap();
+    let began = Instant::now();
+    while !moment(&waiting) {
+        assert!(began.elapsed() < WITHIN, "{name}: it does not come to that");
+    }
+    let killed = kill_process(waiting.gate, Signal::KILL);
+    if waiting.end().success() || killed.is_err() {
+        return false;
+    }
+    assert_eq!(waiting.root.state(&container.id).unwrap(), State::Consumed, "{name}");
+    assert!(!is_alive(waiting.criu), "{name}: CRIU still works when the runtime has given up");
+    assert_eq!(members(&container), [""; 0], "{name}");
+    true
 }
 
 #[test]
