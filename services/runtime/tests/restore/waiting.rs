@@ -260,9 +260,12 @@ fn members(container: &Container) -> Vec<String> {
     procs.filter_map(|procs| fs::read_to_string(procs).ok()).filter(|procs| !procs.is_empty()).collect()
 }
 
+/// Whether a restore has come to some point.
+type Moment = fn(&Waiting<'_>) -> bool;
+
 #[test]
 fn a_gate_that_dies_in_the_middle_leaves_nothing_running() {
-    let moments: [(&str, fn(&Waiting<'_>) -> bool); 4] = [
+    let moments: [(&str, Moment); 4] = [
         ("c8", |waiting| !matches!(waiting.root.state(&waiting.container.id).unwrap(), State::Armed(_))),
         ("c9", |waiting| waiting.container.work().join("restore.log").exists()),
         ("ca", |waiting| !children(waiting.gate).into_iter().all(|child| child == waiting.criu)),
@@ -274,7 +277,7 @@ fn a_gate_that_dies_in_the_middle_leaves_nothing_running() {
 }
 
 /// Kills the gate at `moment`, and looks at what is left; false if the restore was over by then.
-fn dies_in_time(name: &str, moment: fn(&Waiting<'_>) -> bool) -> bool {
+fn dies_in_time(name: &str, moment: Moment) -> bool {
     let container = Container::start(name);
     take_away(&container);
     let mut waiting = Waiting::begin(&container);
