@@ -88,14 +88,47 @@ pub fn run_in<T: Send>(pid: crate::Pid, work: impl FnOnce() -> io::Result<T> + S
     })
 }
 
+/// Bind-mounts every `(source, target)` of `binds`, in order, in the mount namespace of process `pid`. The paths are looked
+/// up there.
+///
+/// # Errors
+/// When the process is gone, or what `mount` said: those before it are mounted then. Needs `CAP_SYS_ADMIN`.
+pub fn bind_in(pid: crate::Pid, binds: &[(PathBuf, PathBuf)]) -> io::Result<()> {
+    let c_paths = |(source, target): &(PathBuf, PathBuf)| Ok((c_path(source)?, c_path(target)?));
+    let binds = binds.iter().map(c_paths).collect::<io::Result<Vec<_>>>()?;
+    run_in(pid, || binds.iter().try_for_each(|(source, target)| mount(Some(source), target, libc::MS_BIND)))
+}
+
 /// The file system that is mounted at `at` for process `pid`, alone: without what is mounted inside it. The descriptor is
-/// of its root, and the mount is nobody else's and gone with it; it is reached by `/proc/self/fd`.
+/// of its root, and the mount is nobody else's and gone with it; it is reached by `/proc/self/fd`. Whoever has no time
+/// [lets it go](let_go) rather than closing it.
 ///
 /// # Errors
 /// When the process is gone, nothing is mounted there, or for want of `CAP_SYS_ADMIN`.
 pub fn mounted_alone(pid: crate::Pid, at: &Path) -> io::Result<OwnedFd> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    run_in(pid, || Ok(open_tree(CWD, at, flags)?))
+    run_in(pid, || open_alone(at))
+}
+
+/// As [`mounted_alone`], of several.
+///
+/// # Errors
+/// As there, when any cannot be had.
+pub fn all_mounted_alone<'a>(
+    pid: crate::Pid,
+    at: impl Iterator<Item = &'a Path> + Send,
+) -> io::Result<Vec<OwnedFd>> {
+    run_in(pid, || at.map(open_alone).collect())
+}
+
+fn open_alone(at: &Path) -> io::Result<OwnedFd> {
+    Ok(open_tree(CWD, at, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?)
+}
+
+/// Closes descriptors of [`mounted_alone`] at leisure: the last one takes the mount with it, and the kernel waits for all
+/// processors to have forgotten that, milliseconds for each.
+pub fn let_go(mounts: Vec<OwnedFd>) {
+    // Where there is no thread to be had, they are closed here.
+    let _ = std::thread::Builder::new().name("haul-unmount".into()).spawn(move || drop(mounts));
 }
 
 /// Lets the program that `cmd` will start inherit `fd`, under the number that it has here, which is returned.
