@@ -33,7 +33,7 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Starts `criu`, which is one of the container's cgroups as this process is, in `network` if one is given. It inherits
+    /// Starts `criu`, in the container's cgroups, as this process is by now, and in `network` if one is given. It inherits
     /// the container's shared memory, under the names that the images have for it.
     ///
     /// # Errors
