@@ -21,7 +21,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
 use haulage_criu::record_locks::{self, OwnedLock};
-use haulage_criu::rpc::{Kind, Notify, Response};
+use haulage_criu::rpc::{Kind, Notify, Request, Response};
 use haulage_engine::armed::{Armed, ArmedRoot, GO, MEMORY, Outcome, TAKE, TMPFS};
 use haulage_sys::Pid;
 use haulage_sys::pass_fd;
@@ -44,6 +44,8 @@ const MADE: &str = "post-restore";
 const RESTORED: &str = "pre-resume";
 /// That which it reports when they run.
 const RESUMED: &str = "post-resume";
+/// runc asks for all that CRIU can say, which costs milliseconds; warnings and errors are what is made use of.
+const LOG_LEVEL: u8 = 2;
 /// The longest message of either; they are below 16 KiB.
 const MAX_MESSAGE: usize = 256 << 10;
 /// A container whose packets were called here and that does not come within this time leaves them to whoever answers.
@@ -193,9 +195,10 @@ impl Keeper<'_> {
                     return Ok(spoke);
                 }
             } else if runc_s {
-                match receive(runc, &mut buffer)? {
-                    Some(message) if pass(criu, message)? => {}
-                    _ => return Ok(spoke),
+                let Some(message) = receive(runc, &mut buffer)? else { return Ok(spoke) };
+                let request = Request::with_log_level(message, LOG_LEVEL);
+                if !pass(criu, request.as_deref().unwrap_or(message))? {
+                    return Ok(spoke);
                 }
             } else if gate_s {
                 // It would have waited for CRIU: to runc, it is CRIU that is gone.
