@@ -152,13 +152,15 @@ fn restore(number: RawFd, request: &Request, settings: &Settings) -> Result<Exit
     let State::Armed(armed) = armed_root.state(&settings.id)? else {
         return Err(Failure::Gate(io::Error::other("the container is not armed")));
     };
+    // CRIU is not to have it: it would be open for as long as CRIU is there.
+    let runc = pass_fd::take_inherited(number).map_err(Failure::Gate)?;
     let bind = request.options.as_ref().and_then(|options| options.root.clone()).map(PathBuf::from);
     let root = Root::take_off(&settings.container_root, bind).map_err(Failure::Root)?;
     tell_directories(&armed)?;
     // Not before it is off, or its mounts would hold it.
     let start = |shared| Worker::start(settings.criu(), settings.network.as_ref(), shared);
     let mut criu = start(Vec::new()).map_err(Failure::Gate)?;
-    let keeper = leave_to_keeper(number, &armed_root, &settings.id)?;
+    let keeper = leave_to_keeper(runc, &armed_root, &settings.id)?;
     let words = hear(&keeper).map_err(Failure::Gate)?;
     let Some(Words { shared, tmpfs }) = words else { return Err(Failure::CalledOff(armed.migration)) };
 
@@ -199,8 +201,7 @@ fn tell_directories(armed: &Armed) -> Result<(), Failure> {
 }
 
 /// From here on the keeper talks with runc, and with us over what is returned.
-fn leave_to_keeper(number: RawFd, armed_root: &ArmedRoot, id: &str) -> Result<UnixStream, Failure> {
-    let runc = pass_fd::take_inherited(number).map_err(Failure::Gate)?;
+fn leave_to_keeper(runc: OwnedFd, armed_root: &ArmedRoot, id: &str) -> Result<UnixStream, Failure> {
     let keeper = armed_root.connect_to_gate(id)?;
     pass_fd::send(&keeper, RUNC_END, Some(runc.as_fd())).map_err(Failure::Gate)?;
     Ok(keeper)

@@ -29,6 +29,7 @@ use haulage_sys::rcu::Expedited;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
+use rustix::process::{Signal, pidfd_send_signal};
 
 use crate::failure::Failure;
 use crate::init::Init;
@@ -38,6 +39,8 @@ use crate::network::Network;
 /// What the gate sends with runc's end of the conversation, and, after the word, with CRIU's, which waits for the request.
 pub(crate) const RUNC_END: u8 = b'r';
 pub(crate) const READY: u8 = b'c';
+/// What it sends before, with a descriptor of CRIU's process.
+pub(crate) const PROCESS: u8 = b'p';
 /// The stage that CRIU reports when the processes are made, with the id of the first one.
 const MADE: &str = "post-restore";
 /// That which it reports when they are restored and stand still for the last time.
@@ -100,11 +103,15 @@ impl Keeper<'_> {
         self.network.as_mut().map_or(Ok(()), Network::send)?;
         // Beside the images, where they are by now.
         let locks = record_locks::read(&self.armed.images).map_err(|error| Failure::Locks(error.into()))?;
+        let Some(process) = end(PROCESS)? else { return Ok(Kept::Silent) };
         let Some(criu) = end(READY)? else { return Ok(Kept::Silent) };
         let mut init = None;
         let spoke = self.relay(&runc, &criu, &gate, &locks, &mut init);
         if let (Err(_) | Ok(None), Some(init)) = (&spoke, &init) {
             init.kill();
+            // It would wait for the first thread of one that was killed, which the kernel keeps until it has waited for the
+            // others. There is nothing to undo: all that it has made of the container goes with the first process.
+            let _ = pidfd_send_signal(&process, Signal::KILL);
         }
         see_off(&criu);
         Ok(spoke?.map_or(Kept::Silent, |outcome| Kept::Speaks(outcome, init)))

@@ -20,10 +20,10 @@ use std::process::{Child, Command, ExitStatus};
 
 use haulage_criu::shared::LeftOut;
 use haulage_sys::netns::NetworkNamespace;
-use haulage_sys::{Pid, mount_ns, pass_fd};
+use haulage_sys::{Pid, mount_ns, pass_fd, pidfd};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
-use crate::keeper::READY;
+use crate::keeper::{PROCESS, READY};
 
 /// A CRIU that waits for its request. Dropping it ends it.
 pub(crate) struct Worker {
@@ -78,13 +78,15 @@ impl Worker {
         mount_ns::run_in(Pid::from_child(&self.child), work)
     }
 
-    /// The keeper has its connection from here on, and nobody else.
+    /// The keeper has its connection from here on, and nobody else, and may end it.
     ///
     /// # Errors
-    /// When the keeper is gone.
+    /// When it or the keeper is gone.
     pub(crate) fn hand_over(&mut self, keeper: impl AsFd) -> io::Result<()> {
+        let process = pidfd::open(Pid::from_child(&self.child)).map_err(io::Error::other)?;
         let connection = self.connection.take().ok_or(io::ErrorKind::NotConnected)?;
-        pass_fd::send(keeper, READY, Some(connection.as_fd()))
+        pass_fd::send(&keeper, PROCESS, Some(process.as_fd()))?;
+        pass_fd::send(&keeper, READY, Some(connection.as_fd()))
     }
 
     /// Waits for its end. The container's first process, which is a child of this process's too when CRIU has made it, is

@@ -97,6 +97,10 @@ impl<'a> Waiting<'a> {
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         let _ = (self.runtime.kill(), self.runtime.wait());
+        // What a failure has left of them would hold what is mounted.
+        for pid in [self.criu, self.gate, self.runc].into_iter().filter(|_| std::thread::panicking()) {
+            let _ = kill_process(pid, Signal::KILL);
+        }
         let dir = self.container.runc_root().join(&self.container.id);
         if dir.join("state.json").exists() {
             return;
