@@ -13,10 +13,11 @@ use haulage_pages::object;
 use haulage_pages::process::Process;
 use haulage_protocol::checkpointer::SourceTmpfs;
 use haulage_protocol::unit::Bytes;
-use haulage_sys::pidfd;
+use haulage_sys::ipc::{self, IpcNamespace};
+use haulage_sys::{Pid, pidfd};
 
 /// What is not counted: descriptions, queues of sockets and pipes, deleted files, and what relocation has written to
-/// programs' read-only data. Nor is System V shared memory that no process has attached.
+/// programs' read-only data.
 const BESIDES: u64 = 64 << 20;
 /// A block of `st_blocks` (stat(2)).
 const BLOCK: u64 = 512;
@@ -43,7 +44,17 @@ pub(crate) fn of_images(
     let memfds: u64 = processes.iter().map(|process| memfds.left_to_criu(*process)).sum();
     let others = bundle.tmpfs.iter().filter(|tmpfs| carried.iter().all(|carried| carried.at != tmpfs.at));
     let tmpfs: u64 = others.map(|tmpfs| used(bundle.init_pid, &tmpfs.at)).sum();
-    Ok(Bytes(BESIDES.saturating_add(mapped).saturating_add(memfds).saturating_add(tmpfs)))
+    let init = Pid::from_raw(bundle.init_pid).ok_or(io::ErrorKind::InvalidInput)?;
+    let unattached = unattached(&IpcNamespace::of(init)?)?;
+    let parts = [mapped, memfds, tmpfs, unattached];
+    Ok(Bytes(parts.into_iter().fold(BESIDES, u64::saturating_add)))
+}
+
+/// Bytes of System V shared memory that nobody has attached.
+fn unattached(namespace: &IpcNamespace) -> io::Result<u64> {
+    let segments = namespace.run(ipc::segments)??;
+    let unattached = segments.iter().filter(|segment| segment.attached == 0);
+    Ok(unattached.fold(0, |bytes, segment| bytes.saturating_add(segment.size)))
 }
 
 /// Bytes of mappings, and the inodes of the shared memory that is not among them because it goes without CRIU.
@@ -132,6 +143,14 @@ mod tests {
         .unwrap();
         let all = [(process(1), maps.clone()), (process(2), maps)];
         assert_eq!(left_to_criu(&all).unwrap(), (2 * 0x1000 + 0x40000, BTreeSet::new()));
+    }
+
+    #[test]
+    fn system_v_memory_that_nobody_has_attached_counts() {
+        let namespace = IpcNamespace::create().unwrap();
+        let _memory = namespace.run(|| ipc::make_segment(3, ipc::PRIVATE, 5 << 20)).unwrap().unwrap();
+        assert_eq!(unattached(&namespace).unwrap(), 5 << 20);
+        assert_eq!(unattached(&IpcNamespace::create().unwrap()).unwrap(), 0);
     }
 
     #[test]

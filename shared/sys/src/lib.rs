@@ -17,6 +17,7 @@
 //! | [`pidfd`] | process descriptors; whether two processes share memory |
 //! | [`freezer`] | freezes and thaws a cgroup, version 1 or 2 |
 //! | [`netns`] | runs code in another process's network namespace |
+//! | [`ipc`] | IPC namespaces and what is in them |
 //! | [`mount_ns`] | starts a program in a mount namespace of its own |
 //! | [`tmpfs`] | a tmpfs that is mounted nowhere until somebody takes it |
 //! | [`packet`] | takes arriving packets, and puts them back |
@@ -32,6 +33,7 @@ mod btf;
 mod error;
 pub mod freezer;
 pub mod inject;
+pub mod ipc;
 pub mod lazy;
 mod mapping_iterator;
 pub mod mount_ns;
