@@ -9,12 +9,14 @@ use std::path::Path;
 
 use haulage_engine::BundleFacts;
 use haulage_pages::maps::{Class, Maps};
-use haulage_pages::object;
+use haulage_pages::object::{self, ObjectId};
 use haulage_pages::process::Process;
 use haulage_protocol::checkpointer::SourceTmpfs;
 use haulage_protocol::unit::Bytes;
 use haulage_sys::ipc::{self, IpcNamespace};
 use haulage_sys::{Pid, pidfd};
+
+use crate::segments;
 
 /// What is not counted: descriptions, queues of sockets and pipes, deleted files, and what relocation has written to
 /// programs' read-only data.
@@ -39,7 +41,13 @@ pub(crate) fn of_images(
             maps => all.push((*process, maps.map_err(io::Error::other)?)),
         }
     }
-    let (mapped, ours) = left_to_criu(&all)?;
+    let mut objects = object::carried(&all)?;
+    if segments::carried(all.iter().map(|(process, _)| process), &objects).is_none() {
+        objects.retain(|id, _| id.segment().is_none());
+    }
+    let objects: BTreeSet<ObjectId> = objects.into_keys().collect();
+    let mapped = left_to_criu(&all, &objects);
+    let ours = objects.into_iter().map(|id| id.0).collect();
     let mut memfds = Memfds { ours, seen: BTreeSet::new() };
     let memfds: u64 = processes.iter().map(|process| memfds.left_to_criu(*process)).sum();
     let others = bundle.tmpfs.iter().filter(|tmpfs| carried.iter().all(|carried| carried.at != tmpfs.at));
@@ -57,23 +65,25 @@ fn unattached(namespace: &IpcNamespace) -> io::Result<u64> {
     Ok(unattached.fold(0, |bytes, segment| bytes.saturating_add(segment.size)))
 }
 
-/// Bytes of mappings, and the inodes of the shared memory that is not among them because it goes without CRIU.
-fn left_to_criu(all: &[(Process, Maps)]) -> io::Result<(u64, BTreeSet<u64>)> {
-    let carried: BTreeSet<u64> = object::carried(all)?.keys().map(|id| id.0).collect();
+/// Bytes of mappings, but for those of the shared memory that goes without CRIU.
+fn left_to_criu(all: &[(Process, Maps)], carried: &BTreeSet<ObjectId>) -> u64 {
     let (mut bytes, mut shared) = (0_u64, BTreeSet::new());
     for region in all.iter().flat_map(|(_, maps)| maps.regions()) {
         let counts = match (region.class(), region.shared) {
             (Class::Tracked, _) => false,
             (_, false) => region.writable,
-            (Class::Shared, true) => !carried.contains(&region.inode) && shared.insert(region.inode),
-            // Of System V, and of huge pages.
-            (Class::Criu, true) => region.name.ends_with(" (deleted)") && shared.insert(region.inode),
+            (Class::Shared, true) => {
+                let id = ObjectId::of(region);
+                !carried.contains(&id) && shared.insert(id)
+            }
+            // Of huge pages.
+            (Class::Criu, true) => region.name.ends_with(" (deleted)") && shared.insert(ObjectId::of(region)),
         };
         if counts {
             bytes = bytes.saturating_add(region.end - region.start);
         }
     }
-    Ok((bytes, carried))
+    bytes
 }
 
 /// Memfds, of which each counts once.
@@ -142,7 +152,9 @@ mod tests {
         )
         .unwrap();
         let all = [(process(1), maps.clone()), (process(2), maps)];
-        assert_eq!(left_to_criu(&all).unwrap(), (2 * 0x1000 + 0x40000, BTreeSet::new()));
+        let segment = ObjectId::of_segment(7);
+        assert_eq!(left_to_criu(&all, &BTreeSet::new()), 2 * 0x1000 + 0x40000);
+        assert_eq!(left_to_criu(&all, &BTreeSet::from([segment])), 2 * 0x1000);
     }
 
     #[test]

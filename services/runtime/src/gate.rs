@@ -5,7 +5,8 @@
 //! [keeper](crate::keeper), waits for its word, and only then becomes CRIU, in the container's network namespace and in
 //! a mount namespace of its own, which holds what the images leave out and goes with it. With the word come descriptors
 //! of the container's shared memory, which CRIU inherits; the container's configuration file tells it their names. Others are
-//! of tmpfs mounts that have the container's files, and are mounted in that namespace.
+//! of tmpfs mounts that have the container's files, and are mounted in that namespace. Where the images lack the container's
+//! IPC namespace CRIU runs in it too.
 //!
 //! ```text
 //!   haul-runtime ──▶ runc restore ──▶ gate (as criu swrk): peek ── other ──▶ CRIU
@@ -25,7 +26,8 @@ use haulage_criu::companion::Companion;
 use haulage_criu::rpc::{Kind, Request};
 use haulage_criu::shared::LeftOut;
 use haulage_criu::swrk::Criu;
-use haulage_engine::armed::{ArmedRoot, GO, MEMORY, State, TMPFS};
+use haulage_engine::armed::{ArmedRoot, GO, IPC, MEMORY, State, TMPFS};
+use haulage_sys::ipc::IpcNamespace;
 use haulage_sys::netns::NetworkNamespace;
 use haulage_sys::{mount_ns, pass_fd};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -136,11 +138,12 @@ fn restore(
     let bind = request.options.as_ref().and_then(|options| options.root.clone()).map(PathBuf::from);
     let root = Root::take_off(container_root, bind).map_err(Failure::Root)?;
     let end = hand_over(number, &armed_root, id)?;
-    let (mut shared, mut tmpfs) = (Vec::new(), Vec::new());
+    let (mut shared, mut tmpfs, mut ipc) = (Vec::new(), Vec::new(), None);
     loop {
         match pass_fd::receive(&end).map_err(Failure::Gate)? {
             Some((MEMORY, Some(memory))) => shared.push(memory),
             Some((TMPFS, Some(filled))) => tmpfs.push(filled),
+            Some((IPC, Some(namespace))) => ipc = Some(IpcNamespace::from(namespace)),
             Some((GO, None)) => break,
             _ => return Err(Failure::CalledOff(armed.migration)),
         }
@@ -166,6 +169,7 @@ fn restore(
         cgroup::add_configuration(&armed.work, &lines)?;
     }
     let options = bequeath(shared).map_err(Failure::Gate)?;
+    ipc.map_or(Ok(()), |ipc| ipc.enter()).map_err(Failure::Gate)?;
     if let Some(network) = std::env::var_os(NETWORK) {
         let entered = NetworkNamespace::at(Path::new(&network)).and_then(|network| network.enter());
         entered.map_err(|error| Failure::Network(error.into()))?;

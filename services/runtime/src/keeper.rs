@@ -4,8 +4,8 @@
 //!   restorer ── TAKE ──▶ keeper: the container's packets come here, and are kept
 //!            ── descriptors, GO ▶ keeper ──────▶ gate: becomes CRIU; packets get out
 //!                 runc ◀── messages ──▶ keeper ◀── messages ──▶ CRIU
-//!                        pre-resume: recorded; post-resume: locks that CRIU has lost are taken again; packets get in,
-//!                        those that were kept first, announced
+//!                        pre-resume: recorded; post-resume: locks that CRIU has lost are taken again, segments
+//!                        attached; packets get in, those that were kept first, announced
 //! ```
 //!
 //! From GO to the resumption the kernel sends what the connections had to send when they were dumped, and no process adds
@@ -19,9 +19,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
+use haulage_criu::ipc::IpcState;
 use haulage_criu::record_locks::{self, OwnedLock};
 use haulage_criu::rpc::{Kind, Notify, Response};
-use haulage_engine::armed::{Armed, ArmedRoot, GO, MEMORY, Outcome, TAKE, TMPFS};
+use haulage_engine::armed::{Armed, ArmedRoot, GO, IPC, MEMORY, Outcome, TAKE, TMPFS};
 use haulage_sys::Pid;
 use haulage_sys::pass_fd;
 use haulage_sys::rcu::Expedited;
@@ -95,7 +96,8 @@ impl Keeper<'_> {
         self.network.as_mut().map_or(Ok(()), Network::send)?;
         // Beside the images, where they are by now.
         let locks = record_locks::read(&self.armed.images).map_err(|error| Failure::Locks(error.into()))?;
-        self.relay(&runc, &criu, &locks)
+        let ipc = IpcState::read(&self.armed.images).map_err(|error| Failure::Locks(error.into()))?;
+        self.relay(&runc, &criu, (&locks, ipc))
     }
 
     /// Waits for the word to go on, and gives the descriptors that came before it; `None` when the word does not come.
@@ -126,7 +128,7 @@ impl Keeper<'_> {
             }
             match pass_fd::receive(words) {
                 Ok(Some((GO, None))) => return Ok(Some(handed)),
-                Ok(Some((what @ (MEMORY | TMPFS), Some(fd)))) => handed.push((what, fd)),
+                Ok(Some((what @ (MEMORY | TMPFS | IPC), Some(fd)))) => handed.push((what, fd)),
                 Ok(Some((TAKE, None))) => {
                     if let Some(network) = &mut self.network {
                         network.take(&self.armed.addresses)?;
@@ -140,7 +142,12 @@ impl Keeper<'_> {
     }
 
     /// Passes messages on, whole as they come, until one side ends.
-    fn relay(mut self, runc: &OwnedFd, criu: &OwnedFd, locks: &[OwnedLock]) -> Result<Kept, Failure> {
+    fn relay(
+        mut self,
+        runc: &OwnedFd,
+        criu: &OwnedFd,
+        (locks, mut ipc): (&[OwnedLock], Option<IpcState>),
+    ) -> Result<Kept, Failure> {
         let mut buffer = vec![0; MAX_MESSAGE];
         let mut kept = Kept::Silent;
         let (mut init, mut held_back) = (None, None);
@@ -158,7 +165,7 @@ impl Keeper<'_> {
                 match notify.stage.as_deref() {
                     Some(MADE) => init = notify.pid.and_then(Pid::from_raw),
                     Some(RESTORED) => {
-                        held_back = hold_back(init, locks)?;
+                        held_back = hold_back(init, locks, ipc.take())?;
                         self.record()?;
                     }
                     Some(RESUMED) if matches!(kept, Kept::Silent) => {
@@ -212,11 +219,15 @@ pub(crate) fn micros(duration: Duration) -> u64 {
     duration.as_micros().try_into().unwrap_or(u64::MAX)
 }
 
-/// The processes below `init`, if they lack locks.
-fn hold_back(init: Option<Pid>, locks: &[OwnedLock]) -> Result<Option<HeldBack>, Failure> {
+/// The processes below `init`, if they lack locks or segments.
+fn hold_back(
+    init: Option<Pid>,
+    locks: &[OwnedLock],
+    ipc: Option<IpcState>,
+) -> Result<Option<HeldBack>, Failure> {
     match init {
-        Some(init) => HeldBack::if_lost(init, locks),
-        None if locks.is_empty() => Ok(None),
+        Some(init) => HeldBack::if_lacking(init, locks, ipc),
+        None if locks.is_empty() && ipc.is_none() => Ok(None),
         None => Err(Failure::Locks("criu has not told which process is the first".into())),
     }
 }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use haulage_sys::Pid;
+use haulage_sys::ipc::IpcNamespace;
 
 use crate::cause::Cause;
 use crate::companion::{CarriedTmpfs, Companion};
@@ -34,6 +35,15 @@ pub enum Network {
     /// It is not in the images at all: CRIU runs in the tree's namespace, here and in the restore, and takes it for a
     /// part of the world. Nor does it walk the kernel's table of connections then, 10 ms each of two times on a host
     /// whose table has 262,144 buckets.
+    Inherited,
+}
+
+/// The IPC namespace of the tree in the images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ipc {
+    /// It is in them, with all that is in its shared memory.
+    Dumped,
+    /// It is not: CRIU runs in it, here and in the restore. No mapping of a segment may show ([`crate::ipc`]).
     Inherited,
 }
 
@@ -74,6 +84,8 @@ pub struct DumpRequest {
     pub descriptors: Vec<String>,
     /// See [`Network`].
     pub network: Network,
+    /// See [`Ipc`].
+    pub ipc: Ipc,
     /// See [`Cgroups`].
     pub cgroups: Cgroups,
     /// How packets are kept away meanwhile; CRIU's default where `None`.
@@ -108,6 +120,7 @@ impl DumpRequest {
             carried: Vec::new(),
             descriptors: Vec::new(),
             network: Network::Empty,
+            ipc: Ipc::Dumped,
             cgroups: Cgroups::Dumped,
             network_lock: None,
             tcp_established: true,
@@ -221,7 +234,11 @@ impl Dump {
             Network::Empty => None,
             Network::Inherited => Some(namespace_of(request.pid).map_err(at(Path::new("/proc")))?),
         };
-        let started = Worker::start(criu, view.as_ref(), network, Some(stderr));
+        let ipc = match request.ipc {
+            Ipc::Dumped => None,
+            Ipc::Inherited => Some(ipc_of(request.pid).map_err(at(Path::new("/proc")))?),
+        };
+        let started = Worker::start(criu, view.as_ref(), (network, ipc), Some(stderr));
         let mut worker = started.map_err(DumpError::Rpc)?;
         let log = request.work.join(DUMP_LOG);
         match run(&mut worker, request.options(&images, &work, &companion), request.patience) {
@@ -257,6 +274,10 @@ fn run(worker: &mut Worker, options: Options, patience: Duration) -> Result<(), 
 /// The answer to a notification.
 pub(crate) fn answer(success: bool) -> Request {
     Request { kind: Kind::Notify.into(), notify_success: Some(success), ..Request::default() }
+}
+
+fn ipc_of(pid: i32) -> io::Result<IpcNamespace> {
+    IpcNamespace::of(Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidInput)?)
 }
 
 fn directory(path: &Path) -> Result<OwnedFd, DumpError> {

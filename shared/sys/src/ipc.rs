@@ -15,9 +15,9 @@ use std::process::Command;
 
 use rustix::thread::LinkNameSpaceType;
 
-pub use queue::{Message, Queue, make_queue, queues};
+pub use queue::{Message, Queue, make_queue, queues, remove_queue};
 pub use segment::{DESTROYED, LOCKED, Segment, make_segment, remove_segment, segments, set_segment};
-pub use semaphore::{Semaphores, make_semaphores, semaphores};
+pub use semaphore::{Semaphores, make_semaphores, remove_semaphores, semaphores};
 
 use crate::Pid;
 use crate::netns::run_on_a_thread;
@@ -65,6 +65,12 @@ impl IpcNamespace {
     #[must_use]
     pub fn as_file(&self) -> &File {
         &self.0
+    }
+
+    /// The same.
+    #[must_use]
+    pub fn into_file(self) -> File {
+        self.0
     }
 
     /// Moves the calling thread into the namespace, for good.

@@ -5,7 +5,8 @@
 //! | --- | --- |
 //! | [`inject`] | makes a userfaultfd in another process and takes it over |
 //! | [`record_lock`] | locks of processes on ranges of files |
-//! | [`take_locks`] | has processes take such locks before they run |
+//! | [`take_locks`] | has processes take such locks, and attach segments, before they run |
+//! | [`attach`] | a System V segment as a process is to attach it |
 //! | [`standstill`] | stops every thread of several processes for a moment |
 //! | [`uffd`] | registers memory for asynchronous write tracking |
 //! | [`lazy`] | serves the missing pages of another process through its userfaultfd |
@@ -29,6 +30,7 @@
 
 mod abi;
 pub mod arp;
+pub mod attach;
 mod btf;
 mod error;
 pub mod freezer;

@@ -91,6 +91,15 @@ pub fn make_queue(queue: &Queue) -> io::Result<()> {
     set(made, &mut about)
 }
 
+/// Removes a queue with its messages.
+///
+/// # Errors
+/// When there is none.
+pub fn remove_queue(id: i32) -> io::Result<()> {
+    // SAFETY: IPC_RMID takes no memory.
+    outcome(unsafe { libc::msgctl(id, libc::IPC_RMID, std::ptr::null_mut()) }).map(drop)
+}
+
 fn set(id: i32, about: &mut libc::msqid_ds) -> io::Result<()> {
     // SAFETY: IPC_SET reads one `msqid_ds`.
     outcome(unsafe { libc::msgctl(id, libc::IPC_SET, about) }).map(drop)
@@ -113,7 +122,10 @@ mod tests {
         let found = namespace.run(|| {
             queues_there.iter().for_each(|queue| make_queue(queue).unwrap());
             assert_eq!(queues().unwrap(), queues_there);
-            queues().unwrap()
+            let found = queues().unwrap();
+            queues_there.iter().for_each(|queue| remove_queue(queue.id).unwrap());
+            assert_eq!(queues().unwrap(), []);
+            found
         });
         assert_eq!(found.unwrap(), queues_there);
     }

@@ -4,6 +4,9 @@ use std::io;
 
 use super::{Permissions, Row, next_id, outcome, table};
 
+/// No set has more (`sem_check_semmsl` of the kernel's `ipc/ipc_sysctl.c`).
+const MOST: usize = 1 << 16;
+
 /// A set of semaphores.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Semaphores {
@@ -20,9 +23,11 @@ pub struct Semaphores {
 impl Semaphores {
     fn of(row: &Row) -> io::Result<Self> {
         let (id, count) = (row.number(1)?, row.number(3)?);
-        let mut values = vec![0_u16; count];
-        // SAFETY: GETALL writes as many numbers as the set has, and a set never changes its size.
+        // By now it might be another set.
+        let mut values = vec![0_u16; MOST];
+        // SAFETY: GETALL writes as many numbers as the set has, for which there is room.
         outcome(unsafe { libc::semctl(id, 0, libc::GETALL, values.as_mut_ptr()) })?;
+        values.truncate(count);
         Ok(Self { id, key: row.number(0)?, permissions: row.permissions(2, 4, 5)?, values })
     }
 }
@@ -60,6 +65,15 @@ pub fn make_semaphores(set: &Semaphores) -> io::Result<()> {
     outcome(unsafe { libc::semctl(made, 0, libc::IPC_SET, &raw mut about) }).map(drop)
 }
 
+/// Removes a set.
+///
+/// # Errors
+/// When there is none.
+pub fn remove_semaphores(id: i32) -> io::Result<()> {
+    // SAFETY: plain numbers are passed.
+    outcome(unsafe { libc::semctl(id, 0, libc::IPC_RMID) }).map(drop)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -74,7 +88,10 @@ mod tests {
         let found = namespace.run(|| {
             sets.iter().for_each(|set| make_semaphores(set).unwrap());
             assert!(make_semaphores(&sets[0]).is_err());
-            semaphores().unwrap()
+            let found = semaphores().unwrap();
+            sets.iter().for_each(|set| remove_semaphores(set.id).unwrap());
+            assert_eq!(semaphores().unwrap(), []);
+            found
         });
         assert_eq!(found.unwrap(), sets);
     }
