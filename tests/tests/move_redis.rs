@@ -8,7 +8,10 @@ use haulage_tests::image;
 use haulage_tests::load::wait_for_server;
 use haulage_tests::resp::{Answer, Client, PATIENCE};
 use haulage_tests::scenario::{Redis, nothing_left_on, only_on, system};
+use haulage_tests::wait::until;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use std::time::Duration;
 
 #[test]
 fn a_redis_moves_there_and_back_under_load() -> Result<()> {
@@ -85,6 +88,7 @@ fn a_moved_container_is_an_ordinary_container() -> Result<()> {
         redis.finish()?;
         in_its_own_cgroup(target, "web")?;
 
+        its_end_is_told(target, "web")?;
         let pid = target.init_pid("web")?;
         target.docker(&["restart", "--time", "5", "web"])?;
         ensure!(target.init_pid("web")? != pid, "restart did not start a new process");
@@ -98,6 +102,24 @@ fn a_moved_container_is_an_ordinary_container() -> Result<()> {
         ensure!(!target.has_container("web")?);
         Ok(())
     })
+}
+
+/// Kills the container's first process, which is the one that was restored: the engine must know how it ended, and do what
+/// the restart policy says.
+fn its_end_is_told(host: &Host, container: &str) -> Result<()> {
+    let pid = host.init_pid(container)?;
+    kill_process(Pid::from_raw(pid.try_into()?).context("no process")?, Signal::KILL)?;
+    until("the restart by its policy", Duration::from_secs(20), || {
+        let count = host.inspect(container)?.pointer("/RestartCount").and_then(Value::as_u64);
+        Ok((count == Some(1) && host.init_pid(container).is_ok_and(|new| new != pid)).then_some(()))
+    })?;
+    let died = ["--filter", "event=die", "--format", "{{.Actor.Attributes.exitCode}}"];
+    let filter = format!("container={container}");
+    // Since the first second of 1970, and until this one is over.
+    let events = ["events", "--since", "1", "--until", "-1s", "--filter", &filter];
+    let codes = host.docker(&[&events[..], &died].concat())?;
+    ensure!(codes.lines().last() == Some("137"), "it ended with {codes:?}");
+    Ok(())
 }
 
 /// Fails unless the container's first process is in the cgroup that the host's engine has made for it, with the limit

@@ -9,16 +9,17 @@ use serde_json::Value;
 use std::path::Path;
 use std::time::Duration;
 
-/// Puts another CRIU in the place of the host's own, in its mount namespace only. It dies when runc has it restore what
-/// has arrived, which it knows by who started it and by what lies there; for all else it is the real one.
+/// Has the host's own CRIU, in its mount namespace only, fail when it has made the processes of a restore
+/// (`FI_POST_RESTORE` of its `criu/include/fault-injection.h`). The one that restores is known by who started it: the
+/// gate, which is `haul-runtime`. For all else it is the real one.
 const BREAK: &str = r#"
 set -e
 real=$(readlink -f "$(command -v criu)")
 cp "$real" "$1/criu.real"
 cat > "$1/criu.broken" <<END
 #!/bin/sh
-case "\$(tr '\0' ' ' < /proc/\$PPID/cmdline)" in
-*runc*restore*) [ -z "\$(find "$1" /run -path '*/complete/inventory.img')" ] || exit 1 ;;
+case "\$(readlink /proc/\$PPID/exe)" in
+*/haul-runtime) export CRIU_FAULT=6 ;;
 esac
 exec "$1/criu.real" "\$@"
 END

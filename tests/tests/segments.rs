@@ -79,16 +79,17 @@ fn what_we_cannot_carry_of_system_v_objects_leaves_all_of_them_to_criu() -> Resu
     })
 }
 
-/// Puts another program in the place of the runtime's CRIU, in the host's mount namespace only. It fails when it is to restore
-/// what has arrived, and all else it leaves to the real one.
+/// Has the host's own CRIU, in its mount namespace only, fail when it has made the processes of a restore
+/// (`FI_POST_RESTORE` of its `criu/include/fault-injection.h`). The one that restores is known by who started it: the
+/// gate, which is `haul-runtime`. For all else it is the real one.
 const BREAK: &str = r#"
 set -e
 real=$(readlink -f "$(command -v criu)")
 cp "$real" "$1/criu.real"
 cat > "$1/criu.broken" <<END
 #!/bin/sh
-case "\$(tr '\0' ' ' < /proc/\$PPID/cmdline)" in
-*runc*restore*) [ -z "\$(find "$1" /run -path '*/complete/inventory.img')" ] || exit 1 ;;
+case "\$(readlink /proc/\$PPID/exe)" in
+*/haul-runtime) export CRIU_FAULT=6 ;;
 esac
 exec "$1/criu.real" "\$@"
 END

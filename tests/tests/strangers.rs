@@ -1,7 +1,7 @@
 //! Strangers talk nonsense, to NATS and to the bulk ports: they are refused with a code, and nothing comes of it.
 
 use anyhow::{Context, Result, ensure};
-use haulage_protocol::checkpointer::{Commit, Freeze, RollBack};
+use haulage_protocol::checkpointer::{Commit, Freeze, Network, RollBack};
 use haulage_protocol::id::{Epoch, HostId, MigrationId, Step};
 use haulage_protocol::page_shipper::{ClosePages, OpenPages, RunRound};
 use haulage_protocol::restorer::{Create, Restore, Undo};
@@ -71,7 +71,7 @@ fn commands_that_cannot_be_understood_are_answered_with_a_fault_and_change_nothi
         let (a, b): (HostId, HostId) = (fleet.host(0).name().parse()?, fleet.host(1).name().parse()?);
         let open = || OpenPages { token: Token::generate(), memory: Bytes(0) };
         let commands = [
-            Asked::new(&a, &id, Freeze { container: container(), spec: None })?,
+            Asked::new(&a, &id, Freeze { container: container(), spec: None, network: Network::AtRestore })?,
             Asked::new(&a, &id, Commit { container: container() })?,
             Asked::new(&a, &id, RollBack { container: container() })?,
             Asked::new(&a, &id, RunRound::default())?,

@@ -38,6 +38,9 @@ use crate::locks;
 use crate::notes::{DUMP as DUMP_DIR, Notes};
 use crate::segments;
 
+/// CRIU's logs, in the directory of a dump.
+pub(crate) const WORK_DIR: &str = "work";
+
 /// A container that this process has frozen.
 pub(crate) struct Session {
     pub(crate) notes: Notes,
@@ -94,14 +97,21 @@ fn dump_frozen(
     };
     let began = Instant::now();
     let dir = service.config.scratch(migration).find(DUMP_DIR);
-    let (images, work) = (dir.join("images"), dir.join("work"));
+    let (images, work) = (dir.join("images"), dir.join(WORK_DIR));
     for dir in [&images, &work] {
         std::fs::create_dir_all(dir).map_err(fault(DUMP))?;
     }
-    let (mask, guards, ipc) = cover(mask, session, &images)?;
+    let processes = with_memory(session)?;
+    let (mask, ipc) = cover(mask, &processes, &images)?;
     let mut request = request(&session.bundle, images.clone(), work, ask)?;
     request.ipc = ipc;
-    let held = dump::Dump::start(&service.criu, &request, Some(mask)).map_err(fault(DUMP))?;
+    // To look for guards takes milliseconds for each GiB of memory.
+    let (held, guards) = std::thread::scope(|scope| {
+        let guards = scope.spawn(|| guards(&processes));
+        let held = dump::Dump::start(&service.criu, &request, Some(mask)).map_err(fault(DUMP));
+        (held, guards.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    });
+    let (held, guards) = (held?, guards?);
     for (vpid, guards) in guards {
         guard::add(&images, vpid.0, &guards).map_err(fault(DUMP))?;
     }
@@ -134,13 +144,8 @@ const LARGE: u64 = 16 << 20;
 /// The guard regions of each process, which are addresses.
 type Guards = Vec<(Vpid, Vec<Range<u64>>)>;
 
-/// Hides the memory that the page-shipper carries, writes down what CRIU does not even know of, or loses, and tells what
-/// else it does not see behind the mask.
-fn cover(
-    mut mask: PagemapMask,
-    session: &Session,
-    images: &Path,
-) -> Result<(PagemapMask, Guards, Ipc), Fault> {
+/// The processes of a frozen container and their mappings.
+fn with_memory(session: &Session) -> Result<Vec<(Process, Maps)>, Fault> {
     let mut all = Vec::new();
     for process in process::list(&session.notes.procs).map_err(fault(DUMP))? {
         let maps = Maps::of(process.pid).map_err(fault(DUMP))?;
@@ -149,17 +154,27 @@ fn cover(
             all.push((process, maps));
         }
     }
-    locks::write_down(all.iter().map(|(process, _)| *process), images)?;
-    // Both take milliseconds for each GiB of memory.
-    std::thread::scope(|scope| {
-        let guards = scope.spawn(|| guards(&all));
-        let hidden = hide(&mut mask, &all, images);
-        let guards = guards.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        hidden.map(|ipc| (guards, ipc))
-    })
-    .map(|(guards, ipc)| (mask, guards, ipc))
+    Ok(all)
 }
 
+/// Whether descriptors are likely to be hidden from CRIU, and what becomes of the IPC namespace, to judge by processes that
+/// run.
+pub(crate) fn expected(processes: &[Process]) -> (bool, Ipc) {
+    let maps = processes.iter().filter_map(|process| Some((*process, Maps::of(process.pid).ok()?)));
+    let objects = object::carried(&maps.collect::<Vec<_>>()).unwrap_or_default();
+    let has_memfds = objects.iter().any(|(id, mappings)| matches!(object::memfd(*id, mappings), Ok(Some(_))));
+    let ipc = segments::carried(processes.iter(), &objects).map_or(Ipc::Dumped, |_| Ipc::Inherited);
+    (has_memfds, ipc)
+}
+
+/// Hides the memory that the page-shipper carries, and writes down what CRIU does not even know of, or loses.
+fn cover(mut mask: PagemapMask, all: &[(Process, Maps)], images: &Path) -> Result<(PagemapMask, Ipc), Fault> {
+    locks::write_down(all.iter().map(|(process, _)| *process), images)?;
+    let ipc = hide(&mut mask, all, images)?;
+    Ok((mask, ipc))
+}
+
+/// Guards, which are not told by what CRIU sees behind the mask.
 fn guards(all: &[(Process, Maps)]) -> Result<Guards, Fault> {
     let guards = all.iter().map(|(process, _)| {
         let guarded = Pagemap::open(process.pid).and_then(|mut pagemap| pagemap.guards());
@@ -259,12 +274,20 @@ fn request(bundle: &BundleFacts, images: PathBuf, work: PathBuf, ask: &Dump) -> 
     if bundle.cgroup.plain {
         request.cgroups = dump::Cgroups::Ignored;
     }
+    request.network = criu_s_network(ask.network);
     if ask.network == Network::Made {
         // The network is silenced by ourselves, here and there.
         request.network_lock = Some(NetworkLock::Skip);
-        request.network = dump::Network::Inherited;
     }
     Ok(request)
+}
+
+/// What of the network is in the images.
+pub(crate) fn criu_s_network(network: Network) -> dump::Network {
+    match network {
+        Network::Made => dump::Network::Inherited,
+        Network::AtRestore => dump::Network::Empty,
+    }
 }
 
 /// One that the files service carries, which must be what it was when that began.

@@ -2,11 +2,13 @@
 //!
 //! ```text
 //! effect ends -> machine.step -> record written (compare-and-set) -> events published -> next effects begin
-//!                                  | conflict: another coordinator owns it now -> stop at once
+//!                    |             | conflict: another coordinator owns it now -> stop at once
+//!                    └─ nothing begins by it, others are under way: written with the next change, or soon
 //! ```
+//! An answer that is lost so is asked for again, like one that had not come yet.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use haulage_migration::{Effect, Event, Migration, Persistence, Success, Transition};
@@ -35,6 +37,8 @@ const BACKOFF: [Duration; 5] = [
     Duration::from_secs(1),
     Duration::from_secs(2),
 ];
+/// How long an answer may go unwritten by which nothing begins. In the freeze, answers come faster than they are written.
+const WRITTEN_WITHIN: Duration = Duration::from_millis(50);
 /// How often an effect that is only attempted is tried.
 const ATTEMPTS: usize = 3;
 
@@ -45,6 +49,8 @@ pub(crate) struct Driver {
     record: Migration,
     revision: Revision,
     before: Option<Migration>,
+    /// The record as it was written last, and when the present one must be, where they differ.
+    unwritten: Option<(Migration, Instant)>,
     todo: Vec<(Step, Effect)>,
     running: JoinSet<Ended>,
 }
@@ -65,7 +71,15 @@ pub(crate) enum End {
 impl Driver {
     pub(crate) fn new(coordinator: Arc<Coordinator>, owned: Box<Owned>) -> Self {
         let Owned { record, revision, effects, before } = *owned;
-        Self { coordinator, record, revision, before, todo: effects, running: JoinSet::new() }
+        Self {
+            coordinator,
+            record,
+            revision,
+            before,
+            unwritten: None,
+            todo: effects,
+            running: JoinSet::new(),
+        }
     }
 
     /// Drives the migration to its end, or until `stop` or until another coordinator has taken it over. Dropping
@@ -91,6 +105,10 @@ impl Driver {
                 }
                 Some(request) = cancellations.next() => self.cancel(request).await,
                 () = reached(self.record.frozen_until()) => self.time_passed().await,
+                () = due(self.unwritten.as_ref().map(|(_, by)| *by)) => {
+                    let present = self.record.clone();
+                    self.adopt(present, Vec::new()).await
+                }
                 Some(ended) = self.running.join_next() => match ended {
                     Ok(ended) => self.ended(ended).await,
                     Err(error) if error.is_cancelled() => continue,
@@ -125,7 +143,13 @@ impl Driver {
                 Event::Failed(step, fault)
             }
         };
+        let is_done = matches!(event, Event::Done(..));
         match self.record.step(event, now()) {
+            Ok(Transition { next, effects }) if is_done && effects.is_empty() && self.can_wait(&next) => {
+                let before = std::mem::replace(&mut self.record, next);
+                self.unwritten.get_or_insert_with(|| (before, Instant::now() + WRITTEN_WITHIN));
+                Ok(())
+            }
             Ok(transition) => self.adopt(transition.next, transition.effects).await,
             Err(illegal) => {
                 let fault = Fault::new(code::INTERNAL, "an answer of the wrong kind").because(&illegal);
@@ -171,6 +195,11 @@ impl Driver {
         }
     }
 
+    /// Whether a state in which nothing begins need not be written at once.
+    fn can_wait(&self, next: &Migration) -> bool {
+        next.phase == self.record.phase && !next.is_over() && !next.pending.is_empty()
+    }
+
     /// Persists the new state, then tells the world, then begins its effects: in that order, so that whatever
     /// was begun can be found again.
     async fn adopt(&mut self, next: Migration, effects: Vec<(Step, Effect)>) -> Result<(), Lost> {
@@ -180,6 +209,7 @@ impl Driver {
         }
         self.persist(&next).await?;
         let before = std::mem::replace(&mut self.record, next);
+        let before = self.unwritten.take().map_or(before, |(written, _)| written);
         self.todo = effects;
         self.begin_effects();
         self.publish(Some(&before)).await;
@@ -224,6 +254,14 @@ impl Driver {
             let (coordinator, record) = (self.coordinator.clone(), self.record.clone());
             self.running.spawn(async move { (step, insist(&coordinator, &record, step, effect).await) });
         }
+    }
+}
+
+/// Waits until then; for ever where there is none.
+async fn due(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
     }
 }
 

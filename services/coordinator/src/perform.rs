@@ -6,8 +6,8 @@ use futures_util::future::join_all;
 use haulage_migration::pace::Pacing;
 use haulage_migration::{Effect, Migration, Phase, Success, allowance, forecast};
 use haulage_protocol::checkpointer::{
-    Commit, Confirm, Dump, Freeze, Inspect, Inspected, Locate, Located, RollBack, SourceRoot, SourceTmpfs,
-    Throttle, Unthrottle,
+    Commit, Confirm, Dump, Freeze, Inspect, Inspected, Locate, Located, Network, RollBack, SourceRoot,
+    SourceTmpfs, Throttle, Unthrottle,
 };
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::{ContainerId, HostId, Round, Step};
@@ -118,7 +118,10 @@ pub(crate) async fn perform(
         }
         Effect::Freeze => {
             let spec = Some(ask.inspected()?.spec.clone());
-            ask.source(Freeze { container: ask.container()?.clone(), spec }).await.map(Success::Frozen)
+            let network = network(record);
+            ask.source(Freeze { container: ask.container()?.clone(), spec, network })
+                .await
+                .map(Success::Frozen)
         }
         Effect::Prepare => {
             let container = ask.created()?.container.clone();
@@ -130,7 +133,7 @@ pub(crate) async fn perform(
             Ok(Success::Unit)
         }
         Effect::Dump => {
-            let network = record.facts.prepared.map(|prepared| prepared.network).unwrap_or_default();
+            let network = network(record);
             let tmpfs = ask.tmpfs()?.map(|(tmpfs, _)| tmpfs.clone()).collect();
             ask.source(Dump { container: ask.container()?.clone(), network, tmpfs })
                 .await
@@ -332,6 +335,11 @@ impl Ask<'_> {
             }
         }
     }
+}
+
+/// How the container's network comes into being, as far as that is known.
+fn network(record: &Migration) -> Network {
+    record.facts.prepared.as_ref().map(|prepared| prepared.network).unwrap_or_default()
 }
 
 fn same_host(host: &HostId) -> Fault {

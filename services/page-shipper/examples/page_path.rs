@@ -25,6 +25,8 @@ mod arrival;
 mod failure;
 #[path = "../src/lanes.rs"]
 mod lanes;
+#[path = "../src/modest.rs"]
+mod modest;
 #[path = "../src/relay.rs"]
 mod relay;
 #[path = "../src/wire.rs"]
@@ -202,7 +204,7 @@ async fn path(full: &Full, words: &[&str], gb: f64) {
     println!("tracked by {:?}", report.method);
     let (started, used) = (Instant::now(), processor());
     let (engine, report, encoding) =
-        lanes.ship(engine, |engine, sink| engine.round(Default::default(), sink)).await.unwrap();
+        lanes.ship(engine, false, |engine, sink| engine.round(Default::default(), sink)).await.unwrap();
     lanes.settle().await.unwrap();
     lanes.first().unwrap().send_now(wire::ROUND_END, Bytes::new()).await.unwrap();
     lanes.first().unwrap().answer(wire::OK, "the pages").await.unwrap();

@@ -31,6 +31,7 @@ use haulage_transport::stream::{FrameKind, Pace};
 use tokio::sync::mpsc;
 
 use crate::failure::{TRACKING, fault};
+use crate::modest::Modest;
 use crate::wire::{BATCH, CARGO, COMPLETE, NAMED};
 
 /// Batches (256 KiB each, at most) that wait for an encoder.
@@ -105,10 +106,12 @@ impl Lanes {
         self.first()?.connection.send(kind, payload).await.map_err(|error| stream(&error))
     }
 
-    /// Runs `work` of the engine and sends what it reads, packed as each connection finds best.
+    /// Runs `work` of the engine and sends what it reads, packed as each connection finds best. If it is to be `modest`, its
+    /// threads give way to the container.
     pub(crate) async fn ship<T, W>(
         &mut self,
         mut engine: SourceEngine,
+        modest: bool,
         work: W,
     ) -> Result<(SourceEngine, T, Encoding), Fault>
     where
@@ -122,6 +125,7 @@ impl Lanes {
         let lost = || Fault::new(code::INTERNAL, "the account of an earlier round is lost");
         let mut known = self.known.take().ok_or_else(lost)?;
         let reading = tokio::task::spawn_blocking(move || {
+            let _modest = Modest::if_wanted(modest);
             let mut spared = Encoding::default();
             let mut sink = |batch: PageBatch| {
                 let batch = if is_slow(&rates) {
@@ -145,7 +149,7 @@ impl Lanes {
         });
         let queue: Queue = Arc::new(Mutex::new(ready));
         let lanes = std::mem::take(&mut self.lanes);
-        let carried = join_all(lanes.into_iter().map(|lane| lane.carry(queue.clone())));
+        let carried = join_all(lanes.into_iter().map(|lane| lane.carry(queue.clone(), modest)));
         // Whoever waits for a lane that has failed sees that nobody takes its batches any more.
         drop(queue);
         let (mut encoding, mut lost) = (Encoding::default(), None);
@@ -210,10 +214,12 @@ impl Lane {
     async fn carry(
         mut self,
         queue: Queue,
+        modest: bool,
     ) -> Result<(Self, Result<Load, haulage_transport::stream::StreamError>), Fault> {
         let (frames, ready) = mpsc::channel(FRAMES_AHEAD);
         let (mut encoder, meter, rate) = (self.encoder, self.meter.clone(), self.rate.clone());
         let encoding = tokio::task::spawn_blocking(move || {
+            let _modest = Modest::if_wanted(modest);
             let mut load = Load::default();
             while let Some(batch) = next(&queue) {
                 let (bytes, busy) = meter.take();

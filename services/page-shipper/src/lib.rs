@@ -5,6 +5,7 @@ mod arrival;
 mod debt;
 mod failure;
 mod lanes;
+mod modest;
 mod probe;
 mod relay;
 mod sample;

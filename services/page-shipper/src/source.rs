@@ -134,7 +134,10 @@ pub(crate) async fn round(
     let rate = ask.rate.map(|pages| pages.0 as f64);
     let interval = Duration::from_micros(ask.interval.0);
     let pace = Pace { rate, allowance: ask.allowance.0, last: ask.last, interval };
-    let (engine, report, encoding) = lanes.ship(engine, move |engine, sink| engine.round(pace, sink)).await?;
+    // A round that is to last has no haste.
+    let modest = !ask.last && ask.interval > Micros(0);
+    let shipped = lanes.ship(engine, modest, move |engine, sink| engine.round(pace, sink));
+    let (engine, report, encoding) = shipped.await?;
     lanes.settle().await?;
     lanes.first()?.send_now(ROUND_END, Bytes::new()).await?;
     lanes.first()?.answer(OK, "the pages").await?;
@@ -151,7 +154,7 @@ pub(crate) async fn final_round(
 ) -> Result<FinalReport, Fault> {
     let Session { engine, mut lanes, rounds, way, watch } = service.take_source(&migration)?;
     let (began, before) = (Instant::now(), lanes.traffic());
-    let shipped = lanes.ship(engine, move |engine, sink| match ask.post_copy {
+    let shipped = lanes.ship(engine, false, move |engine, sink| match ask.post_copy {
         true => engine.final_round_owing(sink).map(|(manifest, owed, report)| (manifest, Some(owed), report)),
         false => engine.final_round(sink).map(|(manifest, report)| (manifest, None, report)),
     });

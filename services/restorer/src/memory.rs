@@ -8,7 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use haulage_criu::lazy::{self, LazyRestore, Said};
@@ -42,7 +42,11 @@ enum Status {
 
 /// The page servers of this host.
 #[derive(Debug, Default)]
-pub(crate) struct Memories(Mutex<BTreeMap<MigrationId, watch::Receiver<Status>>>);
+pub(crate) struct Memories {
+    watched: Mutex<BTreeMap<MigrationId, watch::Receiver<Status>>>,
+    /// Those that wait for their stores to be sealed.
+    waiting: Mutex<BTreeMap<MigrationId, UnixStream>>,
+}
 
 impl Memories {
     /// Starts the page server of a restore that is about to begin, and guards it.
@@ -74,9 +78,10 @@ impl Memories {
         })?;
         // Its end of the socket pair must be nobody else's, so that its death is seen.
         drop(command);
-        let ready = wait_until_ready(&mut child).and_then(|()| connect(work));
+        let ready = wait_until_ready(&mut child).and_then(|()| Ok((connect(work)?, relay.try_clone()?)));
         match ready {
-            Ok(guard) => {
+            Ok((guard, to_tell)) => {
+                self.waiting().insert(migration.clone(), to_tell);
                 let held = Held::default();
                 let (ours, migration_id) = (held.clone(), migration.clone());
                 std::thread::spawn(move || {
@@ -93,6 +98,18 @@ impl Memories {
                 Err(Fault::new(STATE, format!("the page server did not begin: {}", said.trim()))
                     .because(&error))
             }
+        }
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, BTreeMap<MigrationId, UnixStream>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the page server look through its store, which is complete, before CRIU comes. It would do so then.
+    pub(crate) fn sealed(&self, migration: &MigrationId) {
+        let Some(waiting) = self.waiting().remove(migration) else { return };
+        if let Err(error) = lazy::pass_on(&Said::Sealed, &waiting) {
+            tracing::warn!(%migration, %error, "a page server does not listen");
         }
     }
 
@@ -124,7 +141,7 @@ impl Memories {
     }
 
     fn watched(&self, migration: &MigrationId) -> Option<watch::Receiver<Status>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(migration).cloned()
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner).get(migration).cloned()
     }
 
     /// Finds a page server that an earlier life of this service has started, or what became of it.
@@ -160,7 +177,7 @@ impl Memories {
         held: Held,
     ) -> watch::Receiver<Status> {
         let (tell, status) = watch::channel(Status::Filling);
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(migration.clone(), status.clone());
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner).insert(migration.clone(), status.clone());
         let (work, container) = (work.to_owned(), container.to_owned());
         std::thread::spawn(move || {
             hold(&guard, &held);
@@ -188,7 +205,8 @@ impl Memories {
 
     /// Forgets a page server that has ended.
     pub(crate) fn forget(&self, migration: &MigrationId) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(migration);
+        self.waiting().remove(migration);
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner).remove(migration);
     }
 }
 

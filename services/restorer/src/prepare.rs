@@ -1,6 +1,6 @@
 //! A container is started as far as it can be without its state, while it still runs on the source host: the engine
 //! has mounted its root, its network is made, its page server is there, and runc waits for CRIU, whose place is held
-//! by a gate that waits for a word, by way of the keeper in `haul-runtime`.
+//! by a gate that has started it and waits for a word, by way of the keeper in `haul-runtime`.
 //!
 //! ```text
 //!   docker start ──▶ containerd ──▶ haul-runtime create ── network ──▶ runc restore ──▶ gate waits

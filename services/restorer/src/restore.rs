@@ -63,6 +63,7 @@ pub(crate) async fn restore(
             service.starts.take(&migration).ok_or_else(taken)?
         }
     };
+    service.memories.sealed(&migration);
     let scratch = service.config.scratch(&migration);
     let (received, complete) = (scratch.find(IMAGES), scratch.find(COMPLETE));
     let store = PathBuf::from(&ask.store);

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   restorer ── TAKE ──▶ keeper: the container's packets come here, and are kept
-//!            ── descriptors, GO ▶ keeper ──────▶ gate: becomes CRIU; packets get out
+//!            ── descriptors, GO ▶ keeper ── descriptors, GO ──▶ gate; packets get out
+//!                                 keeper ◀── READY, CRIU's end ── gate: CRIU, which has waited too, may begin
 //!                 runc ◀── messages ──▶ keeper ◀── messages ──▶ CRIU
 //!                        pre-resume: recorded; post-resume: locks that CRIU has lost are taken again, segments
 //!                        attached; packets get in, those that were kept first, announced
@@ -21,32 +22,37 @@ use std::time::Duration;
 
 use haulage_criu::ipc::IpcState;
 use haulage_criu::record_locks::{self, OwnedLock};
-use haulage_criu::rpc::{Kind, Notify, Response};
+use haulage_criu::rpc::{Kind, Notify, Request, Response};
 use haulage_engine::armed::{Armed, ArmedRoot, GO, IPC, MEMORY, Outcome, TAKE, TMPFS};
 use haulage_sys::Pid;
 use haulage_sys::pass_fd;
 use haulage_sys::rcu::Expedited;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags, recv, send};
+use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 
 use crate::failure::Failure;
+use crate::init::Init;
 use crate::locks::HeldBack;
 use crate::network::Network;
 
-/// What the gate sends with runc's end of the conversation, and with that which is to be CRIU's.
+/// What the gate sends with runc's end of the conversation, and, after the word, with CRIU's, which waits for the request.
 pub(crate) const RUNC_END: u8 = b'r';
-pub(crate) const CRIU_END: u8 = b'c';
+pub(crate) const READY: u8 = b'c';
 /// The stage that CRIU reports when the processes are made, with the id of the first one.
 const MADE: &str = "post-restore";
 /// That which it reports when they are restored and stand still for the last time.
 const RESTORED: &str = "pre-resume";
 /// That which it reports when they run.
 const RESUMED: &str = "post-resume";
+/// runc asks for all that CRIU can say, which costs milliseconds; warnings and errors are what is made use of.
+const LOG_LEVEL: u8 = 2;
 /// The longest message of either; they are below 16 KiB.
 const MAX_MESSAGE: usize = 256 << 10;
 /// A container whose packets were called here and that does not come within this time leaves them to whoever answers.
 const LETS_GO_AFTER: Duration = Duration::from_secs(10);
+/// How long CRIU may take to undo what it has done, when the conversation is cut off.
+const UNDONE_WITHIN: Timespec = Timespec { tv_sec: 20, tv_nsec: 0 };
 
 /// See the module.
 pub(crate) struct Keeper<'a> {
@@ -65,8 +71,8 @@ pub(crate) enum Kept {
     Nothing,
     /// The conversation is over, and the processes were never resumed.
     Silent,
-    /// They run, which is recorded, and are heard.
-    Speaks(Outcome),
+    /// They run, which is recorded, and are heard, for as long as runc agrees.
+    Speaks(Outcome, Option<Init>),
 }
 
 impl Keeper<'_> {
@@ -74,7 +80,7 @@ impl Keeper<'_> {
     /// and left when runc has ended, lest this wait for a gate that never comes.
     ///
     /// # Errors
-    /// The conversation is cut off then: CRIU undoes, and runc fails.
+    /// The conversation is cut off then: CRIU has undone, and runc fails.
     pub(crate) fn keep(mut self, listener: &UnixListener) -> Result<Kept, Failure> {
         let (gate, _) = listener.accept().map_err(Failure::Gate)?;
         let end = |expected| match pass_fd::receive(&gate) {
@@ -83,35 +89,42 @@ impl Keeper<'_> {
             Err(error) => Err(Failure::Gate(error)),
         };
         let Some(runc) = end(RUNC_END)? else { return Ok(Kept::Nothing) };
-        let Some(criu) = end(CRIU_END)? else { return Ok(Kept::Nothing) };
         let words = self.armed_root.connect(self.id)?;
-        let Some(handed) = self.hear(&words, [&runc, &criu])? else { return Ok(Kept::Nothing) };
+        let Some(handed) = self.hear(&words, &runc, &gate)? else { return Ok(Kept::Nothing) };
         // From here on the container stands still for us. Where it cannot be had everything takes longer.
         let _expedited = Expedited::begin();
         // Noted before anything else, so that the time is known of which it counts.
         self.armed_root.note_go(self.id)?;
-        let passed = handed.iter().try_for_each(|(what, fd)| pass_fd::send(&criu, *what, Some(fd.as_fd())));
-        passed.and_then(|()| pass_fd::send(&criu, GO, None)).map_err(Failure::Gate)?;
+        let passed = handed.iter().try_for_each(|(what, fd)| pass_fd::send(&gate, *what, Some(fd.as_fd())));
+        passed.and_then(|()| pass_fd::send(&gate, GO, None)).map_err(Failure::Gate)?;
         drop(handed);
         self.network.as_mut().map_or(Ok(()), Network::send)?;
         // Beside the images, where they are by now.
         let locks = record_locks::read(&self.armed.images).map_err(|error| Failure::Locks(error.into()))?;
         let ipc = IpcState::read(&self.armed.images).map_err(|error| Failure::Locks(error.into()))?;
-        self.relay(&runc, &criu, (&locks, ipc))
+        let Some(criu) = end(READY)? else { return Ok(Kept::Silent) };
+        let mut init = None;
+        let spoke = self.relay(&runc, &criu, &gate, (&locks, ipc), &mut init);
+        if let (Err(_) | Ok(None), Some(init)) = (&spoke, &init) {
+            init.kill();
+        }
+        see_off(&criu);
+        Ok(spoke?.map_or(Kept::Silent, |outcome| Kept::Speaks(outcome, init)))
     }
 
     /// Waits for the word to go on, and gives the descriptors that came before it; `None` when the word does not come.
     fn hear(
         &mut self,
         words: &UnixStream,
-        [runc, gate]: [&OwnedFd; 2],
+        runc: &OwnedFd,
+        gate: &UnixStream,
     ) -> Result<Option<Vec<(u8, OwnedFd)>>, Failure> {
         let mut handed = Vec::new();
         let mut until_let_go = None;
         loop {
             // What runc has sent stays where it is; only its end matters, and the gate's.
-            let end_of = |fd| PollFd::new(fd, PollFlags::empty());
-            let mut polled = [PollFd::new(words, PollFlags::IN), end_of(runc), end_of(gate)];
+            let end_of_runc = PollFd::new(runc, PollFlags::empty());
+            let mut polled = [PollFd::new(words, PollFlags::IN), end_of_runc, end_of(gate)];
             match poll(&mut polled, until_let_go.as_ref()) {
                 Err(Errno::INTR) => continue,
                 Err(errno) => return Err(Failure::Gate(errno.into())),
@@ -141,47 +154,57 @@ impl Keeper<'_> {
         }
     }
 
-    /// Passes messages on, whole as they come, until one side ends.
+    /// Passes messages on, whole as they come, until one side ends, or the gate. What is recorded of processes that run and
+    /// are heard.
     fn relay(
         mut self,
         runc: &OwnedFd,
         criu: &OwnedFd,
+        gate: &UnixStream,
         (locks, mut ipc): (&[OwnedLock], Option<IpcState>),
-    ) -> Result<Kept, Failure> {
+        init: &mut Option<Init>,
+    ) -> Result<Option<Outcome>, Failure> {
         let mut buffer = vec![0; MAX_MESSAGE];
-        let mut kept = Kept::Silent;
-        let (mut init, mut held_back) = (None, None);
+        let (mut spoke, mut first, mut held_back) = (None, None, None);
         loop {
-            let mut polled = [PollFd::new(runc, PollFlags::IN), PollFd::new(criu, PollFlags::IN)];
+            let mut polled =
+                [PollFd::new(runc, PollFlags::IN), PollFd::new(criu, PollFlags::IN), end_of(gate)];
             match poll(&mut polled, None) {
                 Err(Errno::INTR) => continue,
                 Err(errno) => return Err(Failure::Gate(errno.into())),
                 Ok(_) => {}
             }
-            let [runc_s, criu_s] = polled.map(|end| !end.revents().is_empty());
+            let [runc_s, criu_s, gate_s] = polled.map(|end| !end.revents().is_empty());
             if criu_s {
-                let Some(message) = receive(criu, &mut buffer)? else { return Ok(kept) };
+                let Some(message) = receive(criu, &mut buffer)? else { return Ok(spoke) };
                 let notify = notify(message);
                 match notify.stage.as_deref() {
-                    Some(MADE) => init = notify.pid.and_then(Pid::from_raw),
+                    Some(MADE) => {
+                        first = notify.pid.and_then(Pid::from_raw);
+                        *init = first.map(Init::of).transpose()?;
+                    }
                     Some(RESTORED) => {
-                        held_back = hold_back(init, locks, ipc.take())?;
+                        held_back = hold_back(first, locks, ipc.take())?;
                         self.record()?;
                     }
-                    Some(RESUMED) if matches!(kept, Kept::Silent) => {
+                    Some(RESUMED) if spoke.is_none() => {
                         held_back.take().map_or(Ok(()), HeldBack::run)?;
-                        kept = Kept::Speaks(self.speak()?);
+                        spoke = Some(self.speak()?);
                     }
                     _ => {}
                 }
                 if !pass(runc, message)? {
-                    return Ok(kept);
+                    return Ok(spoke);
                 }
             } else if runc_s {
-                match receive(runc, &mut buffer)? {
-                    Some(message) if pass(criu, message)? => {}
-                    _ => return Ok(kept),
+                let Some(message) = receive(runc, &mut buffer)? else { return Ok(spoke) };
+                let request = Request::with_log_level(message, LOG_LEVEL);
+                if !pass(criu, request.as_deref().unwrap_or(message))? {
+                    return Ok(spoke);
                 }
+            } else if gate_s {
+                // It would have waited for CRIU: to runc, it is CRIU that is gone.
+                return Ok(spoke);
             }
         }
     }
@@ -229,6 +252,24 @@ fn hold_back(
         Some(init) => HeldBack::if_lacking(init, locks, ipc),
         None if locks.is_empty() && ipc.is_none() => Ok(None),
         None => Err(Failure::Locks("criu has not told which process is the first".into())),
+    }
+}
+
+/// Whether there still is somebody, whatever comes from there.
+fn end_of(gate: &UnixStream) -> PollFd<'_> {
+    PollFd::new(gate, PollFlags::empty())
+}
+
+/// CRIU is answered no more, which it takes for a failure and undoes what it has done. Waits for that, so that whoever
+/// cleans up finds nothing in the middle; one that takes longer than [`UNDONE_WITHIN`] is left to it.
+fn see_off(criu: &OwnedFd) {
+    // One that has ended needs nothing to be told.
+    let _ = shutdown(criu, Shutdown::Write);
+    let mut buffer = vec![0; MAX_MESSAGE];
+    while let Ok(1..) = poll(&mut [PollFd::new(criu, PollFlags::IN)], Some(&UNDONE_WITHIN)) {
+        if !matches!(recv(criu, &mut buffer[..], RecvFlags::empty()), Ok((1.., _))) {
+            return;
+        }
     }
 }
 

@@ -10,11 +10,13 @@ mod args;
 mod cgroup;
 mod failure;
 mod gate;
+mod init;
 mod keeper;
 mod locks;
 mod network;
 mod restore;
 mod root;
+mod worker;
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
@@ -34,8 +36,7 @@ fn main() -> ExitCode {
     let name = args.next();
     let args: Vec<OsString> = args.collect();
     if gate::is_called(name.as_deref()) {
-        eprintln!("{}", gate::pass(&args).chain());
-        return ExitCode::FAILURE;
+        return gate::pass(&args);
     }
     match run(&args, called) {
         Ok(()) => ExitCode::SUCCESS,

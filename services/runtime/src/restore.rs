@@ -72,6 +72,8 @@ pub(crate) fn restore(
         (runc.status(), Ok(Kept::Silent), outcome)
     };
     let succeeded = matches!(&status, Ok(status) if status.success());
+    // What runs must not go on then.
+    let kept = kept.map(|kept| if succeeded { kept } else { Kept::Silent });
     if matches!(armed_root.state(create.id), Ok(State::Armed(_))) {
         // The word has not come: nothing is restored, and nothing is used up. What runs all the same is not what was
         // to come.
@@ -87,7 +89,10 @@ pub(crate) fn restore(
     // How long it took is worth no failure.
     let took = || armed_root.since_go(create.id).ok().flatten().unwrap_or_else(|| restoring.elapsed());
     let failure = match kept {
-        Ok(Kept::Speaks(spoke)) if succeeded => {
+        Ok(Kept::Speaks(spoke, init)) if succeeded => {
+            if let Some(init) = init {
+                init.let_go();
+            }
             // The network had been there, or has been made by runc, and was never silent.
             if spoke.start_us == 0 {
                 announce(create, armed);

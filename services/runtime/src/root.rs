@@ -5,10 +5,15 @@
 use std::ffi::CString;
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind_recursive, unmount};
+use rustix::fs::{CWD, fstat, stat};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount,
+    mount_bind_recursive, mount_change, move_mount, open_tree, unmount,
+};
 
 /// An overlay, as `/proc/self/mountinfo` tells of it.
 #[derive(Debug, PartialEq)]
@@ -64,6 +69,41 @@ impl Root {
             Some(bind) => Ok(mount_bind_recursive(&self.at, bind)?),
             None => Ok(()),
         }
+    }
+
+    /// Copies of what is on again; none where nothing was taken off.
+    ///
+    /// # Errors
+    /// When it is not mounted.
+    pub(crate) fn copies(&self) -> io::Result<Copies> {
+        let places = self.overlay.iter().flat_map(|_| std::iter::once(&self.at).chain(&self.bind));
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        let copies = places.map(|place| Ok((place.clone(), open_tree(CWD, place, flags)?)));
+        Ok(Copies(copies.collect::<io::Result<_>>()?))
+    }
+}
+
+/// What [`Root::put_on`] has mounted, for another mount namespace: copies that are mounted nowhere yet, and their places.
+#[derive(Debug)]
+pub(crate) struct Copies(Vec<(PathBuf, OwnedFd)>);
+
+impl Copies {
+    /// Mounts them in the mount namespace of the calling thread, where the root is not to be seen: what the host mounts
+    /// reaches it only where it is shared.
+    ///
+    /// # Errors
+    /// When one cannot be mounted; what was before stays mounted.
+    pub(crate) fn show(&self) -> io::Result<()> {
+        for (place, copy) in &self.0 {
+            // An overlay has a device number of its own.
+            if stat(place)?.st_dev == fstat(copy)?.st_dev {
+                continue;
+            }
+            move_mount(copy, "", CWD, place, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+            // Nothing that is mounted in it goes back to the host.
+            mount_change(place, MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)?;
+        }
+        Ok(())
     }
 }
 

@@ -14,6 +14,8 @@
 mod container;
 #[path = "../../../shared/criu/tests/container/program.rs"]
 mod program;
+#[path = "restore/waiting.rs"]
+mod waiting;
 
 use std::fs;
 use std::path::Path;
@@ -25,25 +27,29 @@ use haulage_criu::merge::{Assembly, Fill};
 use haulage_criu::swrk::Criu;
 use haulage_engine::armed::{Armed, ArmedRoot, State};
 
+const LOG: &str = "runtime.log";
+/// The program that is tested.
+const RUNTIME: &str = env!("CARGO_BIN_EXE_haul-runtime");
+
 /// Calls the runtime as containerd's shim does; its error output.
 fn call(container: &Container, armed: &Path, args: &[&str]) -> Result<(), String> {
-    let log = container.bundle().join("runtime.log");
+    let status = command(container, armed, args).status().unwrap();
+    if status.success() { Ok(()) } else { Err(log(container)) }
+}
+
+fn command(container: &Container, armed: &Path, args: &[&str]) -> Command {
+    let log = container.bundle().join(LOG);
     let _ = fs::remove_file(&log);
-    let status = Command::new(env!("CARGO_BIN_EXE_haul-runtime"))
-        .arg("--root")
-        .arg(container.runc_root())
-        .arg("--log")
-        .arg(&log)
-        .args(["--log-format", "json"])
-        .args(args)
-        .arg(&container.id)
-        .env("HAUL_ARMED_DIR", armed)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .unwrap();
-    if status.success() { Ok(()) } else { Err(fs::read_to_string(log).unwrap_or_default()) }
+    let mut command = Command::new(RUNTIME);
+    command.arg("--root").arg(container.runc_root()).arg("--log").arg(&log);
+    command.args(["--log-format", "json"]).args(args).arg(&container.id).env("HAUL_ARMED_DIR", armed);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command
+}
+
+/// What the runtime and runc have to say.
+fn log(container: &Container) -> String {
+    fs::read_to_string(container.bundle().join(LOG)).unwrap_or_default()
 }
 
 /// Freezes, dumps, assembles and ends the container; the ticks at that moment.

@@ -4,6 +4,7 @@
 mod archive;
 mod failure;
 mod image;
+mod packed;
 mod source;
 mod target;
 mod tmpfs;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! source                        target
-//!   | FILES*  ------------------> |   applied as they come
+//!   | FILES*  ------------------> |   applied as they come; PACKED while the container stands still
 //!   | <------------------ REPORT  |   a pass is in its place
 //!   | <------------------ FAILED  |   instead of any report, and nothing after it
 //! ```
@@ -26,12 +26,14 @@ use tokio::sync::mpsc;
 
 use crate::Syncer;
 use crate::failure::{MOUNTED, blocking, fault, files};
-use crate::tmpfs;
+use crate::{packed, tmpfs};
 
 /// What the sessions are for.
 pub(crate) const CARGO: Cargo = Cargo { role: "files", failed: FrameKind(FrameKind::FIRST_OWN.0 + 2) };
 /// Records of a pass.
 pub(crate) const FILES: FrameKind = FrameKind(FrameKind::FIRST_OWN.0);
+/// The same, in the form of [`packed`].
+pub(crate) const PACKED: FrameKind = FrameKind(FrameKind::FIRST_OWN.0 + 3);
 /// The target has a pass: a [`PassReport`].
 pub(crate) const REPORT: FrameKind = FrameKind(FrameKind::FIRST_OWN.0 + 1);
 
@@ -71,7 +73,7 @@ pub(crate) async fn sync(
             (Some(_), Some(base)) => base.files(),
             _ => forced(&ask.forced, &root.root),
         };
-        let pass = pass(&mut session.target, root, base, forced).await?;
+        let pass = pass(&mut session.target, root, base, forced, ask.frozen).await?;
         if ask.frozen && pass.unsettled > 0 {
             let message = format!("{} files of {} changed while nothing runs", pass.unsettled, root.root);
             return Err(
@@ -120,12 +122,13 @@ fn tree(root: &SyncRoot) -> Result<Source, Fault> {
     Ok(Source::new(id, dir, Scope::Named { from, to }))
 }
 
-/// A pass from a thread of its own into the connection.
+/// A pass from a thread of its own into the connection, packed where the container is `frozen`.
 async fn pass(
     target: &mut Departure,
     root: &SyncRoot,
     base: Option<Base>,
     forced: BTreeSet<RelPath>,
+    frozen: bool,
 ) -> Result<Pass, Fault> {
     // A tmpfs is read by a descriptor, which has to stay open.
     let (source, _open) = match &root.tmpfs {
@@ -139,8 +142,9 @@ async fn pass(
         None => (tree(root)?, None),
     };
     let (frames, ready) = mpsc::channel(FRAMES_AHEAD);
-    let reading = tokio::task::spawn_blocking(move || source.pass(base, &forced, &mut Channel(frames)));
-    let sent = target.send_all(FILES, ready).await;
+    let mut channel = Channel { frames, packs: frozen };
+    let reading = tokio::task::spawn_blocking(move || source.pass(base, &forced, &mut channel));
+    let sent = target.send_all(if frozen { PACKED } else { FILES }, ready).await;
     let pass: Result<Pass, FilesError> = reading.await.map_err(fault(code::INTERNAL))?;
     sent?;
     let pass = pass.map_err(|error| files(&error))?;
@@ -153,10 +157,14 @@ async fn pass(
     Ok(pass)
 }
 
-struct Channel(mpsc::Sender<Bytes>);
+struct Channel {
+    frames: mpsc::Sender<Bytes>,
+    packs: bool,
+}
 
 impl FrameSink for Channel {
     fn send(&mut self, frame: Bytes) -> Result<(), SinkClosed> {
-        self.0.blocking_send(frame).map_err(|_| SinkClosed)
+        let frame = if self.packs { packed::pack(&frame) } else { frame };
+        self.frames.blocking_send(frame).map_err(|_| SinkClosed)
     }
 }

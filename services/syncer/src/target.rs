@@ -1,5 +1,6 @@
 //! The target role: what comes is written below the roots that were named, and nowhere else.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io::ErrorKind;
 use std::path::Path;
@@ -14,7 +15,8 @@ use haulage_transport::stream::BulkConnection;
 
 use crate::Syncer;
 use crate::failure::{NOT_PERSISTED, fault, files, joined};
-use crate::source::{FILES, REPORT};
+use crate::packed;
+use crate::source::{FILES, PACKED, REPORT};
 use crate::tmpfs;
 
 pub(crate) async fn open(
@@ -65,12 +67,18 @@ impl Receive for Roots {
     async fn receive(self, connection: &mut BulkConnection) -> Result<(), Fault> {
         let mut applier = Applier::new(self.0);
         while let Some(frame) = connection.recv().await.map_err(|error| stream(&error))? {
-            if frame.kind != FILES {
-                let message = format!("a frame of kind {} does not belong here", frame.kind.0);
-                return Err(Fault::new(code::MALFORMED, message));
-            }
-            let report = tokio::task::block_in_place(|| applier.feed(&frame.payload));
-            if let Some(report) = report.map_err(|error| files(&error))? {
+            let report = tokio::task::block_in_place(|| {
+                let records = match frame.kind {
+                    FILES => Cow::Borrowed(&frame.payload[..]),
+                    PACKED => packed::unpack(&frame.payload)?,
+                    other => {
+                        let message = format!("a frame of kind {} does not belong here", other.0);
+                        return Err(Fault::new(code::MALFORMED, message));
+                    }
+                };
+                applier.feed(&records).map_err(|error| files(&error))
+            });
+            if let Some(report) = report? {
                 send_now(connection, REPORT, report.encode()).await?;
             }
         }

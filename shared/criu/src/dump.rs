@@ -15,7 +15,7 @@ use crate::held::HeldDump;
 use crate::mask::{MaskError, PagemapMask};
 use crate::quiet::namespace_of;
 use crate::rpc::{CgroupMode, Kind, NetworkLock, Options, Request};
-use crate::swrk::{Criu, RpcError, Worker};
+use crate::swrk::{Criu, RpcError, Worker, WorkerView};
 use crate::tmpfs::SmallTmpfs;
 
 /// CRIU's log in the working directory of a dump.
@@ -28,7 +28,7 @@ const POST_DUMP: &str = "post-dump";
 const CLONE_NEWNET: u32 = 0x4000_0000;
 
 /// The network namespace of the tree in the images.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Network {
     /// Its devices and addresses are not dumped: the target's engine makes them. Sockets and connections are.
     Empty,
@@ -133,8 +133,7 @@ impl DumpRequest {
     /// What the images will lack.
     fn companion(&self) -> io::Result<Companion> {
         let pid = Pid::from_raw(self.pid).ok_or(io::ErrorKind::InvalidInput)?;
-        let read = |(at, options): &(PathBuf, String)| SmallTmpfs::read(pid, at, options).transpose();
-        let tmpfs = self.tmpfs.iter().filter_map(read).collect::<io::Result<_>>()?;
+        let tmpfs = SmallTmpfs::read(pid, &self.tmpfs)?;
         Ok(Companion::new(self.cgroups == Cgroups::Ignored, tmpfs, self.carried.clone()))
     }
 
@@ -207,7 +206,8 @@ pub struct Dump;
 
 impl Dump {
     /// Dumps the tree and holds it: everything is in the images, every task stands still under CRIU's trace, its
-    /// packets are locked out. With `mask`, the memory that it hides is left out.
+    /// packets are locked out. With `mask`, the memory that it hides is left out, and the CRIU that waits behind it
+    /// ([`PagemapMask::call_criu`]) dumps.
     ///
     /// While held, the cgroup is thawed as far as the kernel is concerned (CRIU does that); the tasks stand still all
     /// the same.
@@ -217,7 +217,7 @@ impl Dump {
     pub fn start(
         criu: &Criu,
         request: &DumpRequest,
-        mask: Option<PagemapMask>,
+        mut mask: Option<PagemapMask>,
     ) -> Result<HeldDump, DumpError> {
         let (images, work) = (directory(&request.images)?, directory(&request.work)?);
         let descriptors = request.images.join(DESCRIPTORS);
@@ -227,19 +227,15 @@ impl Dump {
             .map_err(at(&descriptors))?;
         let companion = request.companion().map_err(at(Path::new("/proc")))?;
         companion.write(&request.images).map_err(at(&request.images))?;
-        let early = request.work.join(EARLY_LOG);
-        let stderr = File::create(&early).map_err(at(&early))?;
-        let view = mask.as_ref().map(PagemapMask::view).transpose()?;
-        let network = match request.network {
-            Network::Empty => None,
-            Network::Inherited => Some(namespace_of(request.pid).map_err(at(Path::new("/proc")))?),
+        let waiting =
+            mask.as_mut().map(|mask| mask.take_waiting((request.network, request.ipc))).transpose()?;
+        let mut worker = match waiting.flatten() {
+            Some(worker) => worker,
+            None => {
+                let view = mask.as_ref().map(PagemapMask::view).transpose()?;
+                start_worker(criu, view.as_ref(), request.pid, (request.network, request.ipc), &request.work)?
+            }
         };
-        let ipc = match request.ipc {
-            Ipc::Dumped => None,
-            Ipc::Inherited => Some(ipc_of(request.pid).map_err(at(Path::new("/proc")))?),
-        };
-        let started = Worker::start(criu, view.as_ref(), (network, ipc), Some(stderr));
-        let mut worker = started.map_err(DumpError::Rpc)?;
         let log = request.work.join(DUMP_LOG);
         match run(&mut worker, request.options(&images, &work, &companion), request.patience) {
             Ok(()) => Ok(HeldDump::new(worker, mask, log)),
@@ -253,6 +249,27 @@ impl Dump {
             }
         }
     }
+}
+
+/// A CRIU for the dump of `pid`, which has been told nothing yet.
+pub(crate) fn start_worker(
+    criu: &Criu,
+    view: Option<&WorkerView>,
+    pid: i32,
+    (network, ipc): (Network, Ipc),
+    work: &Path,
+) -> Result<Worker, DumpError> {
+    let early = work.join(EARLY_LOG);
+    let stderr = File::create(&early).map_err(at(&early))?;
+    let network = match network {
+        Network::Empty => None,
+        Network::Inherited => Some(namespace_of(pid).map_err(at(Path::new("/proc")))?),
+    };
+    let ipc = match ipc {
+        Ipc::Dumped => None,
+        Ipc::Inherited => Some(ipc_of(pid).map_err(at(Path::new("/proc")))?),
+    };
+    Worker::start(criu, view, (network, ipc), Some(stderr)).map_err(DumpError::Rpc)
 }
 
 /// Until the post-dump notification, which is left unanswered.

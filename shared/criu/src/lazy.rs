@@ -14,10 +14,14 @@ use haulage_sys::pass_fd;
 pub const SOCKET: &str = "lazy-pages.socket";
 /// `LAZY_PAGES_RESTORE_FINISHED`; no process has such an id.
 const FINISHED: u32 = 0x5253_5446;
+/// Our own, nor has any this one.
+const SEALED: u32 = 0x5345_414c;
 
 /// What a restore says.
 #[derive(Debug)]
 pub enum Said {
+    /// All memory is there, and the restore is about to begin. No restore says so, but whoever stands before it may.
+    Sealed,
     /// The memory of the process with this id in the images.
     Memory(u32, OwnedFd),
     /// This process has none.
@@ -49,8 +53,10 @@ impl LazyRestore {
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(Said::Closed),
             read => read?,
         }
-        if u32::from_ne_bytes(number) == FINISHED {
-            return Ok(Said::Finished);
+        match u32::from_ne_bytes(number) {
+            FINISHED => return Ok(Said::Finished),
+            SEALED => return Ok(Said::Sealed),
+            _ => {}
         }
         let pid = i32::from_ne_bytes(number);
         if pid <= 0 {
@@ -75,6 +81,7 @@ pub fn pass_on(said: &Said, to: &UnixStream) -> io::Result<()> {
             pass_fd::send(to, 0, Some(memory.as_fd()))
         }
         Said::Zombie(pid) => number(pid.wrapping_neg()),
+        Said::Sealed => number(SEALED),
         Said::Finished => number(FINISHED),
         Said::Closed => to.shutdown(std::net::Shutdown::Write),
     }
@@ -109,9 +116,10 @@ mod tests {
         let (here, there) = UnixStream::pair().unwrap();
         let mut restore = LazyRestore::new(there);
         let memory = tempfile::tempfile().unwrap().into();
-        for said in [Said::Memory(7, memory), Said::Zombie(8), Said::Finished, Said::Closed] {
+        for said in [Said::Sealed, Said::Memory(7, memory), Said::Zombie(8), Said::Finished, Said::Closed] {
             pass_on(&said, &here).unwrap();
         }
+        assert!(matches!(restore.listen().unwrap(), Said::Sealed));
         assert!(matches!(restore.listen().unwrap(), Said::Memory(7, _)));
         assert!(matches!(restore.listen().unwrap(), Said::Zombie(8)));
         assert!(matches!(restore.listen().unwrap(), Said::Finished));

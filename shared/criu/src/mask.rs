@@ -22,14 +22,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use haulage_sys::Pid;
-use haulage_sys::mount_ns::spawn_in_private_mounts;
+use haulage_sys::mount_ns::{bind_in, spawn_in_private_mounts};
 
 use crate::cause::Cause;
 use crate::descriptors;
+use crate::dump::{self, DumpError, Ipc, Network};
 use crate::image::PAGE_SIZE;
 use crate::shared::LeftOutMapping;
 use crate::smaps::{self, SmapsError};
-use crate::swrk::{Criu, WorkerView};
+use crate::swrk::{Criu, Worker, WorkerView};
 
 /// A tmpfs that every Linux host has.
 pub const DEFAULT_PARENT: &str = "/dev/shm";
@@ -89,6 +90,15 @@ pub struct PagemapMask {
     covered: Vec<(PathBuf, PathBuf)>,
     criu: Criu,
     hides_descriptors: bool,
+    waiting: Option<Waiting>,
+}
+
+/// A CRIU that was started behind the mask before there was anything to cover.
+#[derive(Debug)]
+struct Waiting {
+    worker: Worker,
+    namespaces: (Network, Ipc),
+    hides_descriptors: bool,
 }
 
 /// What masked CRIUs find out about the kernel: the content of their cache, and of which program it is.
@@ -140,6 +150,7 @@ impl PagemapMask {
             dir,
             _lock: lock,
             criu: criu.clone(),
+            waiting: None,
         };
         criu.vm_flags();
         sparse(&mask.hole)?;
@@ -153,6 +164,37 @@ impl PagemapMask {
             }
         }
         Ok(mask)
+    }
+
+    /// Starts CRIU for the dump of the tree of `pid`, which need not be frozen yet: to start takes it longer than many a
+    /// dump. `network` is that of the dump's request, and `hides_descriptors` whether any are likely to be covered; if
+    /// either turns out otherwise, the dump starts another CRIU. What it says before it has a log goes to `work`.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn call_criu(
+        &mut self,
+        pid: i32,
+        namespaces: (Network, Ipc),
+        hides_descriptors: bool,
+        work: &Path,
+    ) -> Result<(), DumpError> {
+        let view = WorkerView { hides_descriptors, ..self.bare_view()? };
+        let worker = dump::start_worker(&self.criu, Some(&view), pid, namespaces, work)?;
+        self.waiting = Some(Waiting { worker, namespaces, hides_descriptors });
+        Ok(())
+    }
+
+    /// The CRIU that waits, if it is of use for a dump with these namespaces: it sees everything that is covered.
+    pub(crate) fn take_waiting(&mut self, namespaces: (Network, Ipc)) -> Result<Option<Worker>, MaskError> {
+        let fits = |waiting: &Waiting| {
+            waiting.namespaces == namespaces
+                && waiting.hides_descriptors == self.hides_descriptors
+                && waiting.worker.is_alive()
+        };
+        let Some(Waiting { worker, .. }) = self.waiting.take().filter(fits) else { return Ok(None) };
+        bind_in(worker.pid(), &self.covered).map_err(at(&self.dir))?;
+        Ok(Some(worker))
     }
 
     /// Covers process `pid` (an id in our own pid namespace): its memory in `hidden` (addresses in bytes, page-aligned)
@@ -239,16 +281,22 @@ impl PagemapMask {
     }
 
     pub(crate) fn view(&self) -> Result<WorkerView, MaskError> {
+        let mut view = self.bare_view()?;
+        view.binds.extend(self.covered.iter().cloned());
+        view.hides_descriptors = self.hides_descriptors;
+        Ok(view)
+    }
+
+    /// With nothing covered but what is CRIU's own.
+    fn bare_view(&self) -> Result<WorkerView, MaskError> {
         let cache = Path::new(RUN_DIR).join(CACHE_NAME);
         // Something must be there to be covered. CRIU takes an empty cache for a stale one and makes it anew.
         match File::options().write(true).create_new(true).open(&cache) {
             Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(at(&cache)(error)),
             _ => {}
         }
-        let mut binds = self.covered.clone();
-        binds.push((self.cache.clone(), cache));
-        let hides_descriptors = self.hides_descriptors;
-        Ok(WorkerView { binds, over_own_pagemap: Some(self.hole.clone()), hides_descriptors })
+        let binds = vec![(self.cache.clone(), cache)];
+        Ok(WorkerView { binds, over_own_pagemap: Some(self.hole.clone()), hides_descriptors: false })
     }
 
     /// `criu check` in one process, unlike the RPC's: it leaves the cache that a masked dump would find out itself.
@@ -271,6 +319,7 @@ impl PagemapMask {
 
 impl Drop for PagemapMask {
     fn drop(&mut self) {
+        self.waiting = None;
         if let Err(error) = fs::remove_dir_all(&self.dir) {
             tracing::warn!(dir = %self.dir.display(), %error, "cannot remove the masked pagemaps");
         }

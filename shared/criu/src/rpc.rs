@@ -1,6 +1,8 @@
 //! CRIU's RPC messages: the fields that we use of `images/rpc.proto` (CRIU 4.1 to 4.2; the numbers are CRIU's ABI and
 //! have never changed). Unknown fields of an answer are skipped, as protobuf wants.
 
+use crate::wire;
+
 /// `criu_req_type`: what is asked, and what is answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, prost::Enumeration)]
 #[repr(i32)]
@@ -137,7 +139,30 @@ impl Request {
     pub fn decode_bytes(bytes: &[u8]) -> Result<Self, prost::DecodeError> {
         prost::Message::decode(bytes)
     }
+
+    /// A request that somebody else has made, with another `log_level` (0 to 4): nothing else of it is changed, known to us
+    /// or not. `None` when it is none with options.
+    pub fn with_log_level(bytes: &[u8], level: u8) -> Option<Vec<u8>> {
+        let mut changed = Vec::with_capacity(bytes.len() + 8);
+        let mut found = false;
+        for field in wire::fields(bytes)? {
+            if field.number != OPTIONS {
+                changed.extend_from_slice(field.whole);
+                continue;
+            }
+            let rest = wire::fields(field.content)?.into_iter().filter(|option| option.number != LOG_LEVEL);
+            let mut options: Vec<u8> = rest.flat_map(|option| option.whole.iter().copied()).collect();
+            prost::encoding::int32::encode(LOG_LEVEL, &i32::from(level), &mut options);
+            wire::append(&mut changed, OPTIONS, &options);
+            found = true;
+        }
+        found.then_some(changed)
+    }
 }
+
+/// The numbers of [`Request::options`] and of [`Options::log_level`].
+const OPTIONS: u32 = 2;
+const LOG_LEVEL: u32 = 9;
 
 /// `criu_resp`.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -223,6 +248,22 @@ mod tests {
         };
         // type = DUMP; opts (4 + 1 bytes): images_dir_fd = 7, pid = 300
         assert_eq!(request.encode_to_vec(), [0x08, 1, 0x12, 5, 0x08, 7, 0x10, 0xac, 0x02]);
+    }
+
+    #[test]
+    fn a_log_level_changes_and_nothing_else() {
+        let options = Options { images_dir_fd: 7, log_level: Some(4), pid: Some(300), ..Options::default() };
+        let request = Request { kind: Kind::Restore.into(), options: Some(options), ..Request::default() };
+        let mut bytes = request.encode_to_vec();
+        // Field 15 = 3, which we do not know.
+        bytes.extend([0x78, 3]);
+        let changed = Request::with_log_level(&bytes, 2).unwrap();
+        assert!(changed.ends_with(&[0x78, 3]));
+        let mut expected = request;
+        expected.options.as_mut().unwrap().log_level = Some(2);
+        assert_eq!(Request::decode_bytes(&changed).unwrap(), expected);
+        assert_eq!(Request::with_log_level(&[0x08, 2], 2), None, "a request without options");
+        assert_eq!(Request::with_log_level(b"\xff", 2), None);
     }
 
     #[test]

@@ -217,6 +217,11 @@ impl Worker {
         if response.success { Ok(response) } else { Err(RpcError::Refused(response.error)) }
     }
 
+    /// Its process.
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
     /// Whether the process still runs and its end of the connection is open.
     pub(crate) fn is_alive(&self) -> bool {
         let ended = readable(&self.pidfd, Duration::ZERO).unwrap_or(true);

@@ -12,7 +12,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use haulage_sys::Pid;
-use haulage_sys::mount_ns::mounted_alone;
+use haulage_sys::mount_ns::{all_mounted_alone, let_go};
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, Timespec, Timestamps, Uid};
 use serde::{Deserialize, Serialize};
 
@@ -60,25 +60,38 @@ enum Content {
 }
 
 impl SmallTmpfs {
-    /// Reads the tmpfs at `at` of process `pid`, which must stand still. `None` when it is not small, or has what a list
-    /// cannot hold: hard links, sockets, extended attributes.
+    /// Reads those of the tmpfs mounts of process `pid`, which must stand still, that are small; each of `mounts` is a
+    /// destination and the options. Others have what a list cannot hold, or not well: much, hard links, sockets, extended
+    /// attributes.
     ///
     /// # Errors
-    /// When it cannot be read.
-    pub fn read(pid: Pid, at: &Path, options: &str) -> io::Result<Option<Self>> {
-        if options.split(',').any(|option| NOT_SETTABLE.iter().any(|not| option.starts_with(not))) {
-            return Ok(None);
+    /// When one cannot be read.
+    pub fn read(pid: Pid, mounts: &[(PathBuf, String)]) -> io::Result<Vec<Self>> {
+        let settable = |options: &str| {
+            !options.split(',').any(|option| NOT_SETTABLE.iter().any(|not| option.starts_with(not)))
+        };
+        let mounts: Vec<_> = mounts.iter().filter(|(_, options)| settable(options)).collect();
+        if mounts.is_empty() {
+            return Ok(Vec::new());
         }
-        let root = mounted_alone(pid, at)?;
-        let Some(entries) = read_tree(&root)? else { return Ok(None) };
+        let roots = all_mounted_alone(pid, mounts.iter().map(|(at, _)| at.as_path()))?;
+        let read = |(root, (at, options)): (&OwnedFd, &&(PathBuf, String))| {
+            Ok(read_tree(root)?.map(|entries| Self::of(at, options, entries)))
+        };
+        let read = roots.iter().zip(&mounts).map(read).filter_map(io::Result::transpose).collect();
+        let_go(roots);
+        read
+    }
+
+    fn of(at: &Path, options: &str, entries: Vec<Entry>) -> Self {
         let settable: Vec<&str> =
             options.split(',').filter(|option| !matches!(*option, "rw" | "ro")).collect();
-        Ok(Some(Self {
+        Self {
             at: at.to_owned(),
             read_only: options.split(',').any(|option| option == "ro"),
             options: settable.join(","),
             entries,
-        }))
+        }
     }
 
     /// Mounts one like it at `place`, an empty directory.
@@ -208,6 +221,7 @@ impl Entry {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use haulage_sys::mount_ns::mounted_alone;
     use std::process::{Child, Command, Stdio};
 
     /// A process with mounts of its own, killed on drop.
@@ -227,7 +241,8 @@ mod tests {
         }
 
         fn read(&self, options: &str) -> Option<SmallTmpfs> {
-            SmallTmpfs::read(Pid::from_child(&self.0), Path::new("/mnt"), options).unwrap()
+            let mounts = [(PathBuf::from("/mnt"), options.to_owned())];
+            SmallTmpfs::read(Pid::from_child(&self.0), &mounts).unwrap().pop()
         }
     }
 

@@ -20,7 +20,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use container::{Container, Stored, poll};
-use haulage_criu::dump::{Dump, DumpError};
+use haulage_criu::dump::{Dump, DumpError, Ipc, Network};
 use haulage_criu::held::{HeldDump, HoldError};
 use haulage_criu::mask::{DEFAULT_PARENT, PagemapMask};
 use haulage_criu::merge::{Assembly, Fill, Merged, PageSource};
@@ -33,12 +33,62 @@ fn criu() -> Criu {
     Criu::find().expect("criu is needed: see deploy/setup")
 }
 
-/// Freezes, hides the tracked memory, dumps.
+/// Calls CRIU, freezes, hides the tracked memory, dumps.
 fn dump(container: &Container) -> (HeldDump, Stored) {
+    dump_by(container, call_criu(container))
+}
+
+fn call_criu(container: &Container) -> PagemapMask {
+    let mut mask = PagemapMask::prepare(&criu(), Path::new(DEFAULT_PARENT)).unwrap();
+    mask.call_criu(container.pid(), (Network::Empty, Ipc::Dumped), false, &container.work()).unwrap();
+    mask
+}
+
+fn dump_by(container: &Container, mut mask: PagemapMask) -> (HeldDump, Stored) {
     container.set_frozen(true);
-    let (mask, stored) = container.mask(&criu());
+    let stored = container.hide(&mut mask);
     let held = Dump::start(&criu(), &container.request(), Some(mask)).unwrap();
     (held, stored)
+}
+
+/// Our only child.
+fn child() -> Pid {
+    let children: Vec<String> = std::fs::read_dir("/proc/self/task")
+        .unwrap()
+        .flat_map(|task| {
+            let children = std::fs::read_to_string(task.unwrap().path().join("children")).unwrap();
+            children.split_whitespace().map(ToOwned::to_owned).collect::<Vec<_>>()
+        })
+        .collect();
+    assert_eq!(children.len(), 1, "{children:?}");
+    Pid::from_raw(children[0].parse().unwrap()).unwrap()
+}
+
+#[test]
+fn the_criu_that_waits_dumps() {
+    let container = Container::start("a8");
+    let mask = call_criu(&container);
+    let waiting = child();
+    let (held, stored) = dump_by(&container, mask);
+    assert_eq!(tracer(container.pid()), Some(waiting));
+    assert_eq!(assemble(&container, stored.clone()).stored, stored.pages());
+    held.roll_back().unwrap();
+}
+
+#[test]
+fn a_criu_that_died_waiting_is_replaced_and_one_that_is_not_needed_ends() {
+    let container = Container::start("a9");
+    let mask = call_criu(&container);
+    kill_process(child(), Signal::KILL).unwrap();
+    let exists = |pid: Pid| Path::new(&format!("/proc/{}/ns/mnt", pid.as_raw_nonzero())).exists();
+    poll("its end", || !exists(child()));
+    let (held, stored) = dump_by(&container, mask);
+    assert_eq!(assemble(&container, stored.clone()).stored, stored.pages());
+    held.roll_back().unwrap();
+    let mask = call_criu(&container);
+    let waiting = child();
+    drop(mask);
+    assert!(!exists(waiting));
 }
 
 fn assemble(container: &Container, mut stored: Stored) -> Merged {

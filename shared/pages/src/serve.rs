@@ -30,7 +30,7 @@ use crate::frame::{Batch, Parts};
 use crate::owed::Ask;
 use crate::process::Vpid;
 use crate::range::{PageNo, PageRange, RangeSet};
-use crate::sealed::{SealedStore, Spare};
+use crate::sealed::{FilledChunk, SealedStore, Spare};
 use crate::space::Space;
 use crate::store::StoreError;
 
@@ -96,6 +96,8 @@ pub struct PageServer {
     store: SealedStore,
     source: FileSource,
     spare: Spare,
+    /// What is stored of processes that have not come yet, what came last at the end.
+    expected: BTreeMap<Vpid, Vec<FilledChunk>>,
     spaces: BTreeMap<SpaceId, Space>,
     /// What is filled next, last first.
     plan: Vec<Planned>,
@@ -108,15 +110,21 @@ pub struct PageServer {
 }
 
 impl PageServer {
-    /// Serves from `store`.
+    /// Serves from `store`, which is looked through before anybody waits.
     ///
     /// # Errors
     /// When its pages cannot be mapped, or not written to.
     pub fn new(store: SealedStore) -> Result<Self, StoreError> {
         let (source, spare) = (store.map()?, store.spare()?);
+        let expected = store.processes().filter_map(|(vpid, _)| {
+            let mut chunks = store.filled(vpid)?;
+            chunks.sort_by_key(|chunk| chunk.latest);
+            Some((vpid, chunks))
+        });
+        let expected = expected.collect();
         let (spaces, plan) = (BTreeMap::new(), Vec::new());
         let (served, asked, asks) = (Served::default(), BTreeMap::new(), Vec::new());
-        Ok(Self { store, source, spare, spaces, plan, last_id: 0, served, asked, asks })
+        Ok(Self { store, source, spare, expected, spaces, plan, last_id: 0, served, asked, asks })
     }
 
     /// Takes on process `vpid`, which has nothing in place of what is stored of the mappings in `lazy`, and the rest.
@@ -132,8 +140,8 @@ impl PageServer {
         if self.spaces.values().any(|space| space.vpid == vpid) {
             return Err(ServeError::Stranger(vpid));
         }
+        let chunks = self.expected.remove(&vpid).ok_or(ServeError::Stranger(vpid))?;
         let id = self.new_id();
-        let mut chunks = self.store.filled(vpid).ok_or(ServeError::Stranger(vpid))?;
         let (mut data, mut due) = (RangeSet::new(), RangeSet::new());
         for chunk in &chunks {
             chunk.data.iter().for_each(|run| data.insert(*run));
@@ -142,7 +150,6 @@ impl PageServer {
         let (mut absent, mut owed) = (Absent::default(), Absent::default());
         data.intersect(lazy).iter().for_each(|run| absent.insert(run));
         due.intersect(lazy).iter().for_each(|run| owed.insert(run));
-        chunks.sort_by_key(|chunk| chunk.latest);
         self.plan.extend(chunks.into_iter().map(|chunk| {
             let whole = chunk.data.into_iter().collect::<RangeSet>().subtract(lazy).is_empty();
             Planned { id, whole: chunk.whole, ours: whole && chunk.owed.is_empty() }

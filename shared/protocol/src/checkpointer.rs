@@ -150,6 +150,9 @@ pub struct Freeze {
     /// `docker update` or `docker network connect`: the target was made from this.
     #[serde(default)]
     pub spec: Option<Value>,
+    /// That of the [`Dump`] which follows, for which CRIU is started before the freeze.
+    #[serde(default)]
+    pub network: Network,
 }
 
 /// The answer to [`Freeze`].

@@ -51,40 +51,84 @@ pub fn spawn_in_private_mounts(
     cmd.spawn()
 }
 
-/// Gives this process, which must have one thread only, a mount namespace of its own, a copy of the one that it was in:
-/// what it mounts from here on is seen by it and by the program that takes its place, and goes with them. What is mounted
-/// elsewhere later is still seen by them where it was before (`MS_SLAVE`).
-///
-/// # Errors
-/// `EINVAL` with more threads, or for want of `CAP_SYS_ADMIN`.
-pub fn enter_private_mounts() -> io::Result<()> {
-    // SAFETY: the call takes a number only, and changes nothing but where mounts are seen.
-    check(unsafe { libc::unshare(libc::CLONE_NEWNS) })?;
-    mount(None, c"/", libc::MS_REC | libc::MS_SLAVE)
+/// Has the program that `command` will start run in a mount namespace of its own, a copy of ours at that moment: what
+/// [`run_in`] mounts there is seen by it alone, and goes with it. What is mounted elsewhere later is still seen by it where
+/// that is shared (`MS_SLAVE`). An error shows when it is started; it needs `CAP_SYS_ADMIN`.
+pub fn enter_private_mounts_on_start(command: &mut Command) {
+    let enter = || {
+        // SAFETY: the call takes a number only, and changes nothing but where mounts are seen.
+        check(unsafe { libc::unshare(libc::CLONE_NEWNS) })?;
+        mount(None, c"/", libc::MS_REC | libc::MS_SLAVE)
+    };
+    // SAFETY: the closure runs in the forked child, where only async-signal-safe calls are allowed: it makes two plain
+    // system calls, on constants.
+    unsafe { command.pre_exec(enter) };
 }
 
-/// The file system that is mounted at `at` for process `pid`, alone: without what is mounted inside it. The descriptor is
-/// of its root, and the mount is nobody else's and gone with it; it is reached by `/proc/self/fd`.
+/// Runs `work` in the mount namespace of process `pid`, on a thread made for it, and returns what it returns. Paths mean
+/// there what they mean to a process that has the namespace's own root.
 ///
 /// # Errors
-/// When the process is gone, nothing is mounted there, or for want of `CAP_SYS_ADMIN`.
-pub fn mounted_alone(pid: crate::Pid, at: &Path) -> io::Result<OwnedFd> {
+/// When the process is gone, or for want of `CAP_SYS_ADMIN`: then `work` has not run. Those of `work`.
+pub fn run_in<T: Send>(pid: crate::Pid, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     let namespace = std::fs::File::open(format!("/proc/{pid}/ns/mnt"))?;
-    let copy = || -> io::Result<OwnedFd> {
+    let enter_and_work = || {
         // SAFETY: this gives the calling thread, which is made for this and does nothing else, a root and a working
         // directory of its own, without which it may not enter another mount namespace.
         check(unsafe { libc::unshare(libc::CLONE_FS) })?;
         move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Mount))?;
-        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-        Ok(open_tree(CWD, at, flags)?)
+        work()
     };
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name("haul-mntns".into());
-        match thread.spawn_scoped(scope, copy)?.join() {
-            Ok(copied) => copied,
+        match thread.spawn_scoped(scope, enter_and_work)?.join() {
+            Ok(result) => result,
             Err(panic) => std::panic::resume_unwind(panic),
         }
     })
+}
+
+/// Bind-mounts every `(source, target)` of `binds`, in order, in the mount namespace of process `pid`. The paths are looked
+/// up there.
+///
+/// # Errors
+/// When the process is gone, or what `mount` said: those before it are mounted then. Needs `CAP_SYS_ADMIN`.
+pub fn bind_in(pid: crate::Pid, binds: &[(PathBuf, PathBuf)]) -> io::Result<()> {
+    let c_paths = |(source, target): &(PathBuf, PathBuf)| Ok((c_path(source)?, c_path(target)?));
+    let binds = binds.iter().map(c_paths).collect::<io::Result<Vec<_>>>()?;
+    run_in(pid, || binds.iter().try_for_each(|(source, target)| mount(Some(source), target, libc::MS_BIND)))
+}
+
+/// The file system that is mounted at `at` for process `pid`, alone: without what is mounted inside it. The descriptor is
+/// of its root, and the mount is nobody else's and gone with it; it is reached by `/proc/self/fd`. Whoever has no time
+/// [lets it go](let_go) rather than closing it.
+///
+/// # Errors
+/// When the process is gone, nothing is mounted there, or for want of `CAP_SYS_ADMIN`.
+pub fn mounted_alone(pid: crate::Pid, at: &Path) -> io::Result<OwnedFd> {
+    run_in(pid, || open_alone(at))
+}
+
+/// As [`mounted_alone`], of several.
+///
+/// # Errors
+/// As there, when any cannot be had.
+pub fn all_mounted_alone<'a>(
+    pid: crate::Pid,
+    at: impl Iterator<Item = &'a Path> + Send,
+) -> io::Result<Vec<OwnedFd>> {
+    run_in(pid, || at.map(open_alone).collect())
+}
+
+fn open_alone(at: &Path) -> io::Result<OwnedFd> {
+    Ok(open_tree(CWD, at, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?)
+}
+
+/// Closes descriptors of [`mounted_alone`] at leisure: the last one takes the mount with it, and the kernel waits for all
+/// processors to have forgotten that, milliseconds for each.
+pub fn let_go(mounts: Vec<OwnedFd>) {
+    // Where there is no thread to be had, they are closed here.
+    let _ = std::thread::Builder::new().name("haul-unmount".into()).spawn(move || drop(mounts));
 }
 
 /// Lets the program that `cmd` will start inherit `fd`, under the number that it has here, which is returned.
@@ -167,6 +211,27 @@ mod tests {
         let path = format!("/proc/self/fd/{}/in", alone.as_ref().unwrap().as_raw_fd());
         assert_eq!(std::fs::read_dir(path).unwrap().count(), 0);
         assert_eq!(nothing.unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn what_is_mounted_in_the_namespace_of_a_process_is_seen_there_alone() {
+        let place = tempfile::tempdir().unwrap();
+        let mut cmd = Command::new("sh");
+        cmd.arg("-c").arg("read line && cat \"$0/file\"").arg(place.path());
+        cmd.stdin(Stdio::piped()).stdout(Stdio::piped());
+        enter_private_mounts_on_start(&mut cmd);
+        let mut child = cmd.spawn().unwrap();
+        let pid = crate::Pid::from_child(&child);
+        let mounted = run_in(pid, || {
+            rustix::mount::mount("t", place.path(), "tmpfs", rustix::mount::MountFlags::empty(), None)?;
+            std::fs::write(place.path().join("file"), "there")
+        });
+        let here = std::fs::read_dir(place.path()).unwrap().count();
+        std::io::Write::write_all(&mut child.stdin.take().unwrap(), b"\n").unwrap();
+        let there = output_of(child);
+        mounted.unwrap();
+        assert_eq!((here, there.as_str()), (0, "there"));
+        assert!(run_in(pid, || Ok(())).is_err(), "a process that is gone");
     }
 
     #[test]

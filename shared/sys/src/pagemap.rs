@@ -42,6 +42,11 @@ impl Categories {
         Self(self.0 | other.0)
     }
 
+    /// Whether a category is in both.
+    pub fn overlaps(self, other: Self) -> bool {
+        self.0 & other.0 != 0
+    }
+
     /// Whether every category of `other` is in this set.
     pub fn contains(self, other: Self) -> bool {
         self.0 & other.0 == other.0
@@ -55,15 +60,28 @@ impl BitOr for Categories {
     }
 }
 
-/// Which pages a scan returns: all categories of `all`, none of `none`, at least one of `any` (unless it is empty).
+/// Which pages a scan returns: all categories of `all`, none of `none`, and at least one of `any` or not all of `lacks`
+/// (unless both are empty). No category is in two of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Filter {
     /// Categories that a page must have.
     pub all: Categories,
     /// Categories that a page must not have.
     pub none: Categories,
-    /// Categories of which a page must have at least one.
+    /// Categories of which a page must have at least one, or lack one of `lacks`.
     pub any: Categories,
+    /// Categories of which a page must lack at least one, or have one of `any`.
+    pub lacks: Categories,
+}
+
+impl Filter {
+    /// Every page.
+    pub const ANYTHING: Self = Self {
+        all: Categories::NONE,
+        none: Categories::NONE,
+        any: Categories::NONE,
+        lacks: Categories::NONE,
+    };
 }
 
 /// Adjacent pages with the same answer.
@@ -87,7 +105,7 @@ pub fn tells_guards() -> bool {
     *TELLS.get_or_init(|| ask().is_ok())
 }
 
-const GUARDS: Filter = Filter { all: Categories::GUARD, none: Categories::NONE, any: Categories::NONE };
+const GUARDS: Filter = Filter { all: Categories::GUARD, ..Filter::ANYTHING };
 
 /// The open pagemap of one process.
 ///
@@ -161,9 +179,9 @@ impl Pagemap {
                 vec: regions.as_mut_ptr() as u64,
                 vec_len: regions.len() as u64,
                 max_pages: 0,
-                category_inverted: filter.none.0,
+                category_inverted: filter.none.0 | filter.lacks.0,
                 category_mask: filter.all.0 | filter.none.0,
-                category_anyof_mask: filter.any.0,
+                category_anyof_mask: filter.any.0 | filter.lacks.0,
                 return_mask: report.0,
             };
             // SAFETY: PAGEMAP_SCAN reads and writes one `struct pm_scan_arg`, which `arg` is, and writes at most
@@ -291,7 +309,7 @@ mod tests {
         };
         let range = start as u64..start as u64 + layout.size() as u64;
         let pid = rustix::process::getpid();
-        let filter = Filter { all: Categories::PRESENT, ..Filter::default() };
+        let filter = Filter { all: Categories::PRESENT, ..Filter::ANYTHING };
         let mut found = Vec::new();
         let mut map = Pagemap::open(pid).unwrap();
         map.scan(range.clone(), filter, Categories::PRESENT, &mut |region| found.push(region)).unwrap();
@@ -300,6 +318,21 @@ mod tests {
             assert_eq!(region.start, range.start + (2 * index * abi::PAGE_BYTES) as u64);
             assert_eq!(region.end, region.start + abi::PAGE_SIZE);
         }
+        // What is asked for by what it lacks is reported by what it has.
+        let filter = Filter { lacks: Categories::PRESENT, ..Filter::ANYTHING };
+        let mut lacking = Vec::new();
+        map.scan(range.clone(), filter, Categories::PRESENT, &mut |region| lacking.push(region)).unwrap();
+        assert_eq!(lacking.len(), pages / 2);
+        assert!(lacking.iter().all(|region| region.categories == Categories::NONE));
+        let either = Filter { any: Categories::PRESENT, lacks: Categories::WP_ALLOWED, ..Filter::ANYTHING };
+        let mut pages_of = 0;
+        map.scan(range.clone(), either, Categories::PRESENT, &mut |region| {
+            let has = region.categories == Categories::PRESENT;
+            assert_eq!(has, found.iter().any(|found| found.start == region.start));
+            pages_of += (region.end - region.start) / abi::PAGE_SIZE;
+        })
+        .unwrap();
+        assert_eq!(pages_of, pages as u64);
         let mut entries = vec![Entry::default(); pages];
         map.read_entries(range.start / abi::PAGE_SIZE, &mut entries).unwrap();
         assert!(entries.iter().enumerate().all(|(index, entry)| entry.is_present() == (index % 2 == 0)));

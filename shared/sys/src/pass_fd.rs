@@ -2,7 +2,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -46,33 +46,25 @@ pub fn receive(socket: impl AsFd) -> io::Result<Option<(u8, Option<OwnedFd>)>> {
     Ok((got.bytes > 0).then_some((byte, fd)))
 }
 
-/// A descriptor for what was inherited under `number`, which is closed when another program is started from here on, as
-/// the new one is.
+/// Takes over what was inherited under `number`: it is closed with what is returned, or when another program is started.
 ///
 /// # Errors
-/// `EBADF` when nothing was.
-pub fn duplicate_inherited(number: RawFd) -> io::Result<OwnedFd> {
-    // SAFETY: the call takes numbers only and returns a new descriptor or -1.
-    let new = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 0) };
-    if new == -1 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor is fresh from the kernel and nobody else owns it.
-    let new = unsafe { OwnedFd::from_raw_fd(new) };
+/// `EBADF` when nothing was; `InvalidInput` when it is closed on `exec`, as all is that this process has opened or taken
+/// over.
+pub fn take_inherited(number: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: the call takes numbers only.
-    match unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } {
-        -1 => Err(io::Error::last_os_error()),
-        _ => Ok(new),
+    match unsafe { libc::fcntl(number, libc::F_GETFD) } {
+        -1 => return Err(io::Error::last_os_error()),
+        flags if flags & libc::FD_CLOEXEC != 0 => {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a descriptor that was not inherited"));
+        }
+        _ => {}
     }
-}
-
-/// Has the program that takes this one's place inherit `fd`, under the number that it has.
-///
-/// # Errors
-/// What `fcntl(2)` says.
-pub fn leave_to_successor(fd: OwnedFd) -> io::Result<RawFd> {
-    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::empty())?;
-    Ok(fd.into_raw_fd())
+    // SAFETY: the descriptor is open. What this process opens is closed on `exec`, so this was inherited; and it was not
+    // taken over before, which would have marked it so. Nobody else owns it.
+    let taken = unsafe { OwnedFd::from_raw_fd(number) };
+    rustix::io::fcntl_setfd(&taken, rustix::io::FdFlags::CLOEXEC)?;
+    Ok(taken)
 }
 
 /// Waits for the next message on the socket that was inherited under `number`, copies it to `buffer` and leaves it in
@@ -125,6 +117,19 @@ mod tests {
         assert_eq!(&buffer[..7], b"request");
         assert!(peek_inherited(number, &mut buffer[..3]).is_err());
         assert_eq!(there.recv(&mut buffer).unwrap(), 7);
+    }
+
+    #[test]
+    fn what_was_inherited_is_taken_over_once() {
+        use std::os::fd::{AsRawFd, IntoRawFd};
+        let (here, there) = UnixStream::pair().unwrap();
+        assert_eq!(take_inherited(there.as_raw_fd()).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        rustix::io::fcntl_setfd(&there, rustix::io::FdFlags::empty()).unwrap();
+        let number = there.into_raw_fd();
+        let taken = take_inherited(number).unwrap();
+        assert!(take_inherited(number).is_err());
+        drop(taken);
+        assert_eq!(send(&here, 1, None).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::abi;
 use crate::error::CallError;
 use crate::pagemap::{Categories, Filter, Pagemap};
 
-const PRESENT: Filter = Filter { all: Categories::PRESENT, none: Categories::NONE, any: Categories::NONE };
+const PRESENT: Filter = Filter { all: Categories::PRESENT, ..Filter::ANYTHING };
 
 /// The beginning of a file, mapped to be looked at from outside. It takes 2 MiB of page tables a GiB.
 #[derive(Debug)]

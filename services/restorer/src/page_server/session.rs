@@ -47,7 +47,7 @@ pub(crate) struct SourceLost {
 
 pub(crate) struct Session {
     store: PathBuf,
-    /// Once the restore has spoken: the store is sealed only in the freeze.
+    /// Once the store is sealed, which is in the freeze.
     server: Option<PageServer>,
     /// To what the source owes; `None` where it owes nothing.
     link: Option<Link>,
@@ -185,7 +185,7 @@ impl Session {
                 let id = server.adopt(Vpid(pid), MissingMemory::adopt(memory), &lazy)?;
                 self.watch(id)?;
             }
-            Said::Zombie(_) => {}
+            Said::Sealed | Said::Zombie(_) => {}
             Said::Finished => {
                 self.running = Some(Instant::now());
                 // Until now it would have competed with the images for the link.

@@ -239,10 +239,16 @@ impl Container {
     /// The frozen container's tracked memory, hidden from CRIU, and its content.
     pub(crate) fn mask(&self, criu: &Criu) -> (PagemapMask, Stored) {
         let mut mask = PagemapMask::prepare(criu, Path::new(DEFAULT_PARENT)).unwrap();
+        let stored = self.hide(&mut mask);
+        (mask, stored)
+    }
+
+    /// The same behind a mask that is there.
+    pub(crate) fn hide(&self, mask: &mut PagemapMask) -> Stored {
         let hidden = tracked(self.pid());
         assert!(!hidden.is_empty());
         mask.cover(self.pid(), &hidden).unwrap();
-        (mask, Stored::read(self.pid(), &hidden))
+        Stored::read(self.pid(), &hidden)
     }
 
     pub(crate) fn delete(&self) {

@@ -14,13 +14,12 @@ use crate::track::{SharedScan, SharedTracker, SharedWrites, Untracked};
 
 const WRITTEN: Filter = Filter {
     all: Categories::WP_ALLOWED.and(Categories::WRITTEN),
-    none: Categories::NONE,
     any: Categories::PRESENT.and(Categories::SWAPPED),
+    ..Filter::ANYTHING
 };
 
 /// In a registered mapping, whether it holds something or not.
-const REGISTERED: Filter =
-    Filter { all: Categories::WP_ALLOWED, none: Categories::NONE, any: Categories::NONE };
+const REGISTERED: Filter = Filter { all: Categories::WP_ALLOWED, ..Filter::ANYTHING };
 
 impl SharedTracker for WriteProtect {
     fn collect_shared(&mut self, process: Process, pages: &RangeSet) -> SharedWrites {
