@@ -16,6 +16,9 @@ pub const SOURCE: &str = include_str!("../workloads/dirtier.c");
 /// Another such program, for what is hard to move or cannot be moved: `hardship KIND`, in the same image.
 pub const HARDSHIP: &str = include_str!("../workloads/hardship.c");
 
+/// And one for System V shared memory, semaphores and messages: `segments MEBIBYTES KIND`, in the same image.
+pub const SEGMENTS: &str = include_str!("../workloads/segments.c");
+
 /// How long a verification of all memory may take.
 const VERIFY: Duration = Duration::from_secs(60);
 

@@ -61,7 +61,9 @@ pub fn archive() -> Result<PathBuf> {
 /// Names what the archive is made from, so that a change of it makes another archive.
 fn recipe() -> Result<String> {
     let mut hash = Sha256::new();
-    for text in [include_str!("image.rs"), dirtier::SOURCE, dirtier::HARDSHIP, writer::SOURCE] {
+    for text in
+        [include_str!("image.rs"), dirtier::SOURCE, dirtier::HARDSHIP, dirtier::SEGMENTS, writer::SOURCE]
+    {
         hash.update(text);
     }
     for program in [BUSYBOX_PROGRAM, &format!("{REDIS_ROOT}/bin/redis-server")] {
@@ -88,6 +90,7 @@ fn build(work: &Path, archive: &Path) -> Result<()> {
     fs::create_dir_all(dirtier_root.join("bin"))?;
     dirtier::compile(dirtier::SOURCE, &dirtier_root.join("bin/dirtier"))?;
     dirtier::compile(dirtier::HARDSHIP, &dirtier_root.join("bin/hardship"))?;
+    dirtier::compile(dirtier::SEGMENTS, &dirtier_root.join("bin/segments"))?;
     let writer_root = work.join("writer-root");
     fs::create_dir_all(writer_root.join("bin"))?;
     dirtier::compile(writer::SOURCE, &writer_root.join("bin/writer"))?;

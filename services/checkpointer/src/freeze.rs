@@ -113,8 +113,8 @@ fn prepare(
     let work = dump.join(WORK_DIR);
     std::fs::create_dir_all(&work).map_err(fault(FREEZE))?;
     let mut mask = PagemapMask::prepare(&service.criu, Path::new(DEFAULT_PARENT)).map_err(fault(FREEZE))?;
-    let (network, memfds) = (criu_s_network(ask.network), hold::has_memfds(&processes));
-    mask.call_criu(bundle.init_pid, network, memfds, &work).map_err(fault(FREEZE))?;
+    let (network, (memfds, ipc)) = (criu_s_network(ask.network), hold::expected(&processes));
+    mask.call_criu(bundle.init_pid, (network, ipc), memfds, &work).map_err(fault(FREEZE))?;
     let change = quiet::Change::to_silence(&namespace).map_err(fault(FREEZE))?;
     let state = State::Frozen(mask);
     let session = Session { notes, bundle, rings: Rings::default(), capture: None, expedited: None, state };

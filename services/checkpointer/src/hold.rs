@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use haulage_criu::companion::CarriedTmpfs;
 use haulage_criu::descriptors::LeftOutMemfd;
-use haulage_criu::dump::{self, DumpRequest};
+use haulage_criu::dump::{self, DumpRequest, Ipc};
 use haulage_criu::guard;
 use haulage_criu::held::HeldDump;
 use haulage_criu::mask::PagemapMask;
@@ -24,6 +24,7 @@ use haulage_protocol::checkpointer::{Confirmed, Dump, Dumped, Network, SourceTmp
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::MigrationId;
 use haulage_protocol::unit::{Bytes, Micros};
+use haulage_sys::PAGE_SIZE;
 use haulage_sys::freezer::Freezer;
 use haulage_sys::packet::Capture;
 use haulage_sys::pagemap::Pagemap;
@@ -35,6 +36,7 @@ use crate::failure::{DUMP, fault, joined};
 use crate::freeze::{FREEZE_WITHIN, io_in_flight};
 use crate::locks;
 use crate::notes::{DUMP as DUMP_DIR, Notes};
+use crate::segments;
 
 /// CRIU's logs, in the directory of a dump.
 pub(crate) const WORK_DIR: &str = "work";
@@ -100,8 +102,9 @@ fn dump_frozen(
         std::fs::create_dir_all(dir).map_err(fault(DUMP))?;
     }
     let processes = with_memory(session)?;
-    let mask = cover(mask, &processes, &images)?;
-    let request = request(&session.bundle, images.clone(), work, ask)?;
+    let (mask, ipc) = cover(mask, &processes, &images)?;
+    let mut request = request(&session.bundle, images.clone(), work, ask)?;
+    request.ipc = ipc;
     // To look for guards takes milliseconds for each GiB of memory.
     let (held, guards) = std::thread::scope(|scope| {
         let guards = scope.spawn(|| guards(&processes));
@@ -154,18 +157,21 @@ fn with_memory(session: &Session) -> Result<Vec<(Process, Maps)>, Fault> {
     Ok(all)
 }
 
-/// Whether descriptors are likely to be hidden from CRIU, to judge by processes that run.
-pub(crate) fn has_memfds(processes: &[Process]) -> bool {
+/// Whether descriptors are likely to be hidden from CRIU, and what becomes of the IPC namespace, to judge by processes that
+/// run.
+pub(crate) fn expected(processes: &[Process]) -> (bool, Ipc) {
     let maps = processes.iter().filter_map(|process| Some((*process, Maps::of(process.pid).ok()?)));
     let objects = object::carried(&maps.collect::<Vec<_>>()).unwrap_or_default();
-    objects.iter().any(|(id, mappings)| matches!(object::memfd(*id, mappings), Ok(Some(_))))
+    let has_memfds = objects.iter().any(|(id, mappings)| matches!(object::memfd(*id, mappings), Ok(Some(_))));
+    let ipc = segments::carried(processes.iter(), &objects).map_or(Ipc::Dumped, |_| Ipc::Inherited);
+    (has_memfds, ipc)
 }
 
 /// Hides the memory that the page-shipper carries, and writes down what CRIU does not even know of, or loses.
-fn cover(mut mask: PagemapMask, all: &[(Process, Maps)], images: &Path) -> Result<PagemapMask, Fault> {
+fn cover(mut mask: PagemapMask, all: &[(Process, Maps)], images: &Path) -> Result<(PagemapMask, Ipc), Fault> {
     locks::write_down(all.iter().map(|(process, _)| *process), images)?;
-    hide(&mut mask, all, images)?;
-    Ok(mask)
+    let ipc = hide(&mut mask, all, images)?;
+    Ok((mask, ipc))
 }
 
 /// Guards, which are not told by what CRIU sees behind the mask.
@@ -177,8 +183,12 @@ fn guards(all: &[(Process, Maps)]) -> Result<Guards, Fault> {
     guards.collect()
 }
 
-fn hide(mask: &mut PagemapMask, all: &[(Process, Maps)], images: &Path) -> Result<(), Fault> {
+fn hide(mask: &mut PagemapMask, all: &[(Process, Maps)], images: &Path) -> Result<Ipc, Fault> {
     let mut objects = object::carried(all).map_err(fault(DUMP))?;
+    let mut ipc = segments::carried(all.iter().map(|(process, _)| process), &objects);
+    if ipc.is_none() {
+        objects.retain(|id, _| id.segment().is_none());
+    }
     let mut memfds = BTreeMap::new();
     for (id, mappings) in &objects {
         let memfd = object::memfd(*id, mappings).map_err(fault(DUMP))?;
@@ -195,17 +205,30 @@ fn hide(mask: &mut PagemapMask, all: &[(Process, Maps)], images: &Path) -> Resul
     let mut left_out = LeftOut::default();
     for (id, mappings) in &objects {
         let size = object::size(*id, mappings).map_err(fault(DUMP))?;
-        left_out.objects.push(SharedObject { id: id.0, size, memfd: memfds.remove(id) });
+        let (segment, memfd) = (id.segment(), memfds.remove(id));
+        // All of the last page of a segment is mapped.
+        let size = if segment.is_some() { size.next_multiple_of(PAGE_SIZE) } else { size };
+        left_out.objects.push(SharedObject { id: id.0, size, memfd, segment });
     }
     let mut files = OpenFiles::default();
     for ((process, maps), table) in all.iter().zip(tables) {
         let hidden: Vec<_> = maps.tracked().map(|pages| pages.addresses()).collect();
-        let theirs = objects.values().flatten().filter(|mapping| mapping.process == *process);
-        let unknown: Vec<_> = theirs.map(|mapping| mapping.pages.addresses()).collect();
+        let theirs = objects.iter().flat_map(|(id, mappings)| mappings.iter().map(move |m| (*id, m)));
+        let theirs = theirs.filter(|(_, mapping)| mapping.process == *process);
+        let theirs: BTreeMap<_, _> =
+            theirs.map(|(id, mapping)| (mapping.pages.addresses().start, (id, mapping.pages))).collect();
+        let unknown: Vec<_> = theirs.values().map(|(_, pages)| pages.addresses()).collect();
         let pid = process.pid.as_raw_nonzero().get();
         let needless: Vec<_> =
             hidden.iter().filter(|range| range.end - range.start >= LARGE).cloned().collect();
-        let mappings = mask.cover_shared(pid, &hidden, &unknown, &needless).map_err(fault(DUMP))?;
+        let mut mappings = mask.cover_shared(pid, &hidden, &unknown, &needless).map_err(fault(DUMP))?;
+        for mapping in mappings.iter_mut().filter(|mapping| !mapping.is_private()) {
+            // The number of a segment is not its alone.
+            mapping.object = theirs.get(&mapping.start).map_or(mapping.object, |(id, _)| id.0);
+        }
+        if let Some(ipc) = &mut ipc {
+            ipc.attached.extend(segments::attached(process.vpid.0, &mappings));
+        }
         let Descriptors { shown, left_out: descriptors } = files.descriptors(*process, table, &ours)?;
         if !descriptors.is_empty() {
             mask.cover_descriptors(pid, &shown).map_err(fault(DUMP))?;
@@ -218,7 +241,10 @@ fn hide(mask: &mut PagemapMask, all: &[(Process, Maps)], images: &Path) -> Resul
     if !left_out.processes.is_empty() {
         left_out.write(images).map_err(fault(DUMP))?;
     }
-    Ok(())
+    match ipc {
+        Some(ipc) => ipc.write(images).map_err(fault(DUMP)).map(|()| Ipc::Inherited),
+        None => Ok(Ipc::Dumped),
+    }
 }
 
 /// The descriptors of each process; of none, where there are no memfds to look for.

@@ -23,6 +23,7 @@ mod notes;
 mod obstacle;
 mod roll_back;
 mod room;
+mod segments;
 mod throttle;
 
 use std::collections::HashMap;

@@ -9,14 +9,17 @@ use std::path::Path;
 
 use haulage_engine::BundleFacts;
 use haulage_pages::maps::{Class, Maps};
-use haulage_pages::object;
+use haulage_pages::object::{self, ObjectId};
 use haulage_pages::process::Process;
 use haulage_protocol::checkpointer::SourceTmpfs;
 use haulage_protocol::unit::Bytes;
-use haulage_sys::pidfd;
+use haulage_sys::ipc::{self, IpcNamespace};
+use haulage_sys::{Pid, pidfd};
+
+use crate::segments;
 
 /// What is not counted: descriptions, queues of sockets and pipes, deleted files, and what relocation has written to
-/// programs' read-only data. Nor is System V shared memory that no process has attached.
+/// programs' read-only data.
 const BESIDES: u64 = 64 << 20;
 /// A block of `st_blocks` (stat(2)).
 const BLOCK: u64 = 512;
@@ -38,31 +41,49 @@ pub(crate) fn of_images(
             maps => all.push((*process, maps.map_err(io::Error::other)?)),
         }
     }
-    let (mapped, ours) = left_to_criu(&all)?;
+    let mut objects = object::carried(&all)?;
+    if segments::carried(all.iter().map(|(process, _)| process), &objects).is_none() {
+        objects.retain(|id, _| id.segment().is_none());
+    }
+    let objects: BTreeSet<ObjectId> = objects.into_keys().collect();
+    let mapped = left_to_criu(&all, &objects);
+    let ours = objects.into_iter().map(|id| id.0).collect();
     let mut memfds = Memfds { ours, seen: BTreeSet::new() };
     let memfds: u64 = processes.iter().map(|process| memfds.left_to_criu(*process)).sum();
     let others = bundle.tmpfs.iter().filter(|tmpfs| carried.iter().all(|carried| carried.at != tmpfs.at));
     let tmpfs: u64 = others.map(|tmpfs| used(bundle.init_pid, &tmpfs.at)).sum();
-    Ok(Bytes(BESIDES.saturating_add(mapped).saturating_add(memfds).saturating_add(tmpfs)))
+    let init = Pid::from_raw(bundle.init_pid).ok_or(io::ErrorKind::InvalidInput)?;
+    let unattached = unattached(&IpcNamespace::of(init)?)?;
+    let parts = [mapped, memfds, tmpfs, unattached];
+    Ok(Bytes(parts.into_iter().fold(BESIDES, u64::saturating_add)))
 }
 
-/// Bytes of mappings, and the inodes of the shared memory that is not among them because it goes without CRIU.
-fn left_to_criu(all: &[(Process, Maps)]) -> io::Result<(u64, BTreeSet<u64>)> {
-    let carried: BTreeSet<u64> = object::carried(all)?.keys().map(|id| id.0).collect();
+/// Bytes of System V shared memory that nobody has attached.
+fn unattached(namespace: &IpcNamespace) -> io::Result<u64> {
+    let segments = namespace.run(ipc::segments)??;
+    let unattached = segments.iter().filter(|segment| segment.attached == 0);
+    Ok(unattached.fold(0, |bytes, segment| bytes.saturating_add(segment.size)))
+}
+
+/// Bytes of mappings, but for those of the shared memory that goes without CRIU.
+fn left_to_criu(all: &[(Process, Maps)], carried: &BTreeSet<ObjectId>) -> u64 {
     let (mut bytes, mut shared) = (0_u64, BTreeSet::new());
     for region in all.iter().flat_map(|(_, maps)| maps.regions()) {
         let counts = match (region.class(), region.shared) {
             (Class::Tracked, _) => false,
             (_, false) => region.writable,
-            (Class::Shared, true) => !carried.contains(&region.inode) && shared.insert(region.inode),
-            // Of System V, and of huge pages.
-            (Class::Criu, true) => region.name.ends_with(" (deleted)") && shared.insert(region.inode),
+            (Class::Shared, true) => {
+                let id = ObjectId::of(region);
+                !carried.contains(&id) && shared.insert(id)
+            }
+            // Of huge pages.
+            (Class::Criu, true) => region.name.ends_with(" (deleted)") && shared.insert(ObjectId::of(region)),
         };
         if counts {
             bytes = bytes.saturating_add(region.end - region.start);
         }
     }
-    Ok((bytes, carried))
+    bytes
 }
 
 /// Memfds, of which each counts once.
@@ -131,7 +152,17 @@ mod tests {
         )
         .unwrap();
         let all = [(process(1), maps.clone()), (process(2), maps)];
-        assert_eq!(left_to_criu(&all).unwrap(), (2 * 0x1000 + 0x40000, BTreeSet::new()));
+        let segment = ObjectId::of_segment(7);
+        assert_eq!(left_to_criu(&all, &BTreeSet::new()), 2 * 0x1000 + 0x40000);
+        assert_eq!(left_to_criu(&all, &BTreeSet::from([segment])), 2 * 0x1000);
+    }
+
+    #[test]
+    fn system_v_memory_that_nobody_has_attached_counts() {
+        let namespace = IpcNamespace::create().unwrap();
+        let _memory = namespace.run(|| ipc::make_segment(3, ipc::PRIVATE, 5 << 20)).unwrap().unwrap();
+        assert_eq!(unattached(&namespace).unwrap(), 5 << 20);
+        assert_eq!(unattached(&IpcNamespace::create().unwrap()).unwrap(), 0);
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::os::unix::fs::{PermissionsExt, fchown};
 use std::path::Path;
 
 use haulage_criu::descriptors::LeftOutMemfd;
+use haulage_criu::ipc::IpcState;
 use haulage_criu::merge::{Assembly, Fill, PageSource};
 use haulage_criu::pagemap::PageRun;
 use haulage_criu::shared::{LeftOut, SharedObject};
@@ -16,6 +17,7 @@ use haulage_pages::range::{PageNo, PageRange};
 use haulage_pages::sealed::SealedStore;
 use haulage_protocol::fault::Fault;
 use haulage_protocol::unit::PAGE_SIZE;
+use haulage_sys::ipc::IpcNamespace;
 use rustix::fs::{SealFlags, fcntl_add_seals, fcntl_get_seals};
 
 use crate::failure::{IMAGES, fault};
@@ -23,9 +25,18 @@ use crate::failure::{IMAGES, fault};
 /// What of `st_mode` are permissions.
 const PERMISSIONS: u32 = 0o7777;
 
+/// What a restore finds beside images.
+#[derive(Debug)]
+pub(crate) struct Provided {
+    /// The shared memory that it inherits, in the order of its keys.
+    pub(crate) shared: Vec<OwnedFd>,
+    /// The IPC namespace that it is done in, if it is not in the images, with all that is in it.
+    pub(crate) ipc: Option<OwnedFd>,
+}
+
 /// Joins the images in `received` with the sealed store in `store`; the result is in `complete`. Pages that can come
-/// later are only named there. Returns the shared memory that the restore inherits, in the order of its keys.
-pub(crate) fn join(received: &Path, store: &Path, complete: &Path) -> Result<Vec<OwnedFd>, Fault> {
+/// later are only named there.
+pub(crate) fn join(received: &Path, store: &Path, complete: &Path) -> Result<Provided, Fault> {
     let store = SealedStore::open(store).map_err(fault(IMAGES))?;
     let assembly = Assembly::begin(received, complete).map_err(fault(IMAGES))?;
     if let Some((vpid, _)) = store.processes().find(|(vpid, _)| !assembly.processes().contains(&vpid.0)) {
@@ -40,7 +51,18 @@ pub(crate) fn join(received: &Path, store: &Path, complete: &Path) -> Result<Vec
     }
     // What has come besides was not hidden from CRIU, which has dumped it: memory of its own, mostly, by which it works in
     // the container while its pages are read.
-    left_out.objects.iter().map(|object| shared(&store, object)).collect()
+    let shared = left_out.objects.iter().map(|object| shared(&store, object)).collect::<Result<_, _>>()?;
+    let state = IpcState::read(received).map_err(fault(IMAGES))?;
+    let ipc = state.map(|state| provide(&store, &state)).transpose().map_err(fault(IMAGES))?;
+    Ok(Provided { shared, ipc })
+}
+
+/// The IPC namespace in which the System V segments are that have come, with the rest of what was in it.
+fn provide(store: &SealedStore, state: &IpcState) -> io::Result<OwnedFd> {
+    let namespace = store.namespace().ok_or_else(|| io::Error::other("no System V segment has come"))?;
+    let namespace = IpcNamespace::from(OwnedFd::from(namespace.try_clone()?));
+    state.provide(&namespace)?;
+    Ok(namespace.into_file().into())
 }
 
 /// The memory of an object, of its length; of a memfd, with all that it is besides. Nothing is written to it any more but

@@ -8,7 +8,7 @@
 //!                                         ▼ go.socket
 //!   Prepare ───────────────────────── accepts
 //!   TakePackets ── TAKE ──▶ packets come here, and are kept
-//!   Restore ── MEMORY…, TMPFS…, GO ──▶ root put on, CRIU restores
+//!   Restore ── MEMORY…, IPC, TMPFS…, GO ──▶ root put on, CRIU restores
 //!   Undo, or our death: the connection ends, and the start fails with nothing restored
 //! ```
 
@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use haulage_criu::dump::DESCRIPTORS;
-use haulage_engine::armed::{Armed, GO, MEMORY, TAKE, TMPFS};
+use haulage_engine::armed::{Armed, GO, IPC, MEMORY, TAKE, TMPFS};
 use haulage_engine::{ContainerSpec, Engine, EngineError};
 use haulage_protocol::checkpointer::Network;
 use haulage_protocol::fault::{Fault, code};
@@ -33,6 +33,7 @@ use tokio::net::UnixListener;
 use tokio::task::JoinHandle;
 
 use crate::failure::{STATE, blocking, fault};
+use crate::join::Provided;
 use crate::notes::Notes;
 use crate::restore::failed;
 use crate::{COMPLETE, IMAGES, Restorer, WORK};
@@ -51,14 +52,15 @@ pub(crate) struct Waiting {
 }
 
 impl Waiting {
-    /// Hands over the container's shared memory and its filled tmpfs mounts, sends the word, and waits for the engine to say that the container runs.
-    pub(crate) async fn go(mut self, shared: Vec<OwnedFd>, tmpfs: Vec<OwnedFd>) -> Result<(), StartError> {
+    /// Hands over the container's shared memory, its IPC namespace and its filled tmpfs mounts, sends the word, and waits for the engine to say that the container runs.
+    pub(crate) async fn go(mut self, provided: Provided, tmpfs: Vec<OwnedFd>) -> Result<(), StartError> {
         // A start that has failed meanwhile may have left the gate behind, which must not hear the word: nobody would
         // know of what it restored.
         if !self.start.is_finished() {
             // A gate that is gone fails the start, which says more than a broken pipe.
-            let memories = shared.iter().map(|memory| (MEMORY, memory));
-            let mut handed = memories.chain(tmpfs.iter().map(|filled| (TMPFS, filled)));
+            let memories = provided.shared.iter().map(|memory| (MEMORY, memory));
+            let ipc = provided.ipc.iter().map(|namespace| (IPC, namespace));
+            let mut handed = memories.chain(ipc).chain(tmpfs.iter().map(|filled| (TMPFS, filled)));
             let sent = handed.try_for_each(|(what, fd)| pass_fd::send(&self.runtime, what, Some(fd.as_fd())));
             let _ = sent.and_then(|()| self.runtime.write_all(&[GO]));
         }

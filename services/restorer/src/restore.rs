@@ -67,13 +67,13 @@ pub(crate) async fn restore(
     let scratch = service.config.scratch(&migration);
     let (received, complete) = (scratch.find(IMAGES), scratch.find(COMPLETE));
     let store = PathBuf::from(&ask.store);
-    let (shared, tmpfs) = blocking(move || {
+    let (provided, tmpfs) = blocking(move || {
         Ok((join::join(&received, &store, &complete)?, filled(&ask.tmpfs).map_err(fault(RESTORE))?))
     })
     .await?;
     let merge = Micros::from_duration(began.elapsed());
     let began = Instant::now();
-    if let Err(error) = waiting.go(shared, tmpfs).await {
+    if let Err(error) = waiting.go(provided, tmpfs).await {
         return Err(failed(&service, id, Some(&error)).await);
     }
     let (spoke, replied) = (outcome(&service, id).await?, began.elapsed());

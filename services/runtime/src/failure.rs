@@ -56,8 +56,8 @@ pub(crate) enum Failure {
     /// What stands in CRIU's place until the state is there does not work.
     #[error("haul-runtime: cannot stand in for criu")]
     Gate(#[source] io::Error),
-    /// Locks that its processes had could not be taken again; it was killed before it ran.
-    #[error("haul-runtime: the container's locks on files cannot be taken again")]
+    /// Locks that its processes had could not be taken again, or segments not be attached; it was killed before it ran.
+    #[error("haul-runtime: the container's locks on files or its System V segments cannot be had again")]
     Locks(#[source] Box<dyn Error + Send + Sync>),
     /// Whoever armed it does not want it any more, or is gone.
     #[error("haul-runtime: the restore of migration {0} was called off")]

@@ -5,7 +5,8 @@
 //! it leaves the conversation with runc to the [keeper](crate::keeper), takes the root off, and starts CRIU as its
 //! [child](crate::worker), in the container's network namespace and in a mount namespace of its own. CRIU waits for a
 //! request, and the gate for the keeper's words. At the last one it puts the root on, which CRIU is shown with what the images
-//! leave out, and gives CRIU's connection to the keeper. What is mounted for CRIU goes with it.
+//! leave out, and gives CRIU's connection to the keeper. What is mounted for CRIU goes with it. Where the images
+//! lack the container's IPC namespace CRIU is started anew in it.
 //!
 //! ```text
 //!   haul-runtime ──▶ runc restore ──▶ gate (as criu swrk): peek ── other ──▶ CRIU, in its place
@@ -33,7 +34,8 @@ use std::process::{Command, ExitCode, ExitStatus};
 use haulage_criu::companion::Companion;
 use haulage_criu::rpc::{Kind, Request};
 use haulage_criu::swrk::Criu;
-use haulage_engine::armed::{Armed, ArmedRoot, GO, MEMORY, State, TMPFS};
+use haulage_engine::armed::{Armed, ArmedRoot, GO, IPC, MEMORY, State, TMPFS};
+use haulage_sys::ipc::IpcNamespace;
 use haulage_sys::pass_fd;
 
 use crate::cgroup;
@@ -158,17 +160,17 @@ fn restore(number: RawFd, request: &Request, settings: &Settings) -> Result<Exit
     let root = Root::take_off(&settings.container_root, bind).map_err(Failure::Root)?;
     tell_directories(&armed)?;
     // Not before it is off, or its mounts would hold it.
-    let start = |shared| Worker::start(settings.criu(), settings.network.as_ref(), shared);
-    let mut criu = start(Vec::new()).map_err(Failure::Gate)?;
+    let start = |shared, ipc| Worker::start(settings.criu(), settings.network.as_ref(), ipc, shared);
+    let mut criu = start(Vec::new(), None).map_err(Failure::Gate)?;
     let keeper = leave_to_keeper(runc, &armed_root, &settings.id)?;
     let words = hear(&keeper).map_err(Failure::Gate)?;
-    let Some(Words { shared, tmpfs }) = words else { return Err(Failure::CalledOff(armed.migration)) };
+    let Some(Words { shared, tmpfs, ipc }) = words else { return Err(Failure::CalledOff(armed.migration)) };
 
     root.put_on().map_err(Failure::Root)?;
     armed_root.consume(&settings.id)?;
     let mut useless = None;
-    if !shared.is_empty() || !criu.is_alive() {
-        useless = Some(std::mem::replace(&mut criu, start(shared).map_err(Failure::Gate)?));
+    if !shared.is_empty() || ipc.is_some() || !criu.is_alive() {
+        useless = Some(std::mem::replace(&mut criu, start(shared, ipc).map_err(Failure::Gate)?));
     }
     let companion = Companion::read(&armed.images).map_err(Failure::Root)?;
     let copies = root.copies().map_err(Failure::Root)?;
@@ -212,6 +214,7 @@ fn leave_to_keeper(runc: OwnedFd, armed_root: &ArmedRoot, id: &str) -> Result<Un
 struct Words {
     shared: Vec<OwnedFd>,
     tmpfs: Vec<OwnedFd>,
+    ipc: Option<IpcNamespace>,
 }
 
 /// Waits for the word to go on; `None` when it does not come.
@@ -221,6 +224,7 @@ fn hear(keeper: &UnixStream) -> io::Result<Option<Words>> {
         match pass_fd::receive(keeper)? {
             Some((MEMORY, Some(memory))) => words.shared.push(memory),
             Some((TMPFS, Some(filled))) => words.tmpfs.push(filled),
+            Some((IPC, Some(namespace))) => words.ipc = Some(IpcNamespace::from(namespace)),
             Some((GO, None)) => return Ok(Some(words)),
             _ => return Ok(None),
         }

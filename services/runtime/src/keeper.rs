@@ -5,8 +5,8 @@
 //!            ── descriptors, GO ▶ keeper ── descriptors, GO ──▶ gate; packets get out
 //!                                 keeper ◀── READY, CRIU's end ── gate: CRIU, which has waited too, may begin
 //!                 runc ◀── messages ──▶ keeper ◀── messages ──▶ CRIU
-//!                        pre-resume: recorded; post-resume: locks that CRIU has lost are taken again; packets get in,
-//!                        those that were kept first, announced
+//!                        pre-resume: recorded; post-resume: locks that CRIU has lost are taken again, segments
+//!                        attached; packets get in, those that were kept first, announced
 //! ```
 //!
 //! From GO to the resumption the kernel sends what the connections had to send when they were dumped, and no process adds
@@ -20,9 +20,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
+use haulage_criu::ipc::IpcState;
 use haulage_criu::record_locks::{self, OwnedLock};
 use haulage_criu::rpc::{Kind, Notify, Request, Response};
-use haulage_engine::armed::{Armed, ArmedRoot, GO, MEMORY, Outcome, TAKE, TMPFS};
+use haulage_engine::armed::{Armed, ArmedRoot, GO, IPC, MEMORY, Outcome, TAKE, TMPFS};
 use haulage_sys::Pid;
 use haulage_sys::pass_fd;
 use haulage_sys::rcu::Expedited;
@@ -103,10 +104,11 @@ impl Keeper<'_> {
         self.network.as_mut().map_or(Ok(()), Network::send)?;
         // Beside the images, where they are by now.
         let locks = record_locks::read(&self.armed.images).map_err(|error| Failure::Locks(error.into()))?;
+        let ipc = IpcState::read(&self.armed.images).map_err(|error| Failure::Locks(error.into()))?;
         let Some(process) = end(PROCESS)? else { return Ok(Kept::Silent) };
         let Some(criu) = end(READY)? else { return Ok(Kept::Silent) };
         let mut init = None;
-        let spoke = self.relay(&runc, &criu, &gate, &locks, &mut init);
+        let spoke = self.relay(&runc, &criu, &gate, (&locks, ipc), &mut init);
         if let (Err(_) | Ok(None), Some(init)) = (&spoke, &init) {
             init.kill();
             // It would wait for the first thread of one that was killed, which the kernel keeps until it has waited for the
@@ -146,7 +148,7 @@ impl Keeper<'_> {
             }
             match pass_fd::receive(words) {
                 Ok(Some((GO, None))) => return Ok(Some(handed)),
-                Ok(Some((what @ (MEMORY | TMPFS), Some(fd)))) => handed.push((what, fd)),
+                Ok(Some((what @ (MEMORY | TMPFS | IPC), Some(fd)))) => handed.push((what, fd)),
                 Ok(Some((TAKE, None))) => {
                     if let Some(network) = &mut self.network {
                         network.take(&self.armed.addresses)?;
@@ -166,7 +168,7 @@ impl Keeper<'_> {
         runc: &OwnedFd,
         criu: &OwnedFd,
         gate: &UnixStream,
-        locks: &[OwnedLock],
+        (locks, mut ipc): (&[OwnedLock], Option<IpcState>),
         init: &mut Option<Init>,
     ) -> Result<Option<Outcome>, Failure> {
         let mut buffer = vec![0; MAX_MESSAGE];
@@ -189,7 +191,7 @@ impl Keeper<'_> {
                         *init = first.map(Init::of).transpose()?;
                     }
                     Some(RESTORED) => {
-                        held_back = hold_back(first, locks)?;
+                        held_back = hold_back(first, locks, ipc.take())?;
                         self.record()?;
                     }
                     Some(RESUMED) if spoke.is_none() => {
@@ -247,11 +249,15 @@ pub(crate) fn micros(duration: Duration) -> u64 {
     duration.as_micros().try_into().unwrap_or(u64::MAX)
 }
 
-/// The processes below `init`, if they lack locks.
-fn hold_back(init: Option<Pid>, locks: &[OwnedLock]) -> Result<Option<HeldBack>, Failure> {
+/// The processes below `init`, if they lack locks or segments.
+fn hold_back(
+    init: Option<Pid>,
+    locks: &[OwnedLock],
+    ipc: Option<IpcState>,
+) -> Result<Option<HeldBack>, Failure> {
     match init {
-        Some(init) => HeldBack::if_lost(init, locks),
-        None if locks.is_empty() => Ok(None),
+        Some(init) => HeldBack::if_lacking(init, locks, ipc),
+        None if locks.is_empty() && ipc.is_none() => Ok(None),
         None => Err(Failure::Locks("criu has not told which process is the first".into())),
     }
 }

@@ -1,10 +1,10 @@
-//! Locks of processes on ranges of files (`F_SETLK`) that CRIU has lost ([`haulage_criu::record_locks`]): they are taken
-//! again before anything of the container runs.
+//! Locks of processes on ranges of files (`F_SETLK`) that CRIU has lost ([`haulage_criu::record_locks`]), and System V segments
+//! that it was not told of ([`haulage_criu::ipc`]): they are taken and attached again before anything of the container runs.
 //!
 //! ```text
-//!   pre-resume    all stand still for CRIU: who lacks a lock? ── nobody ──▶ nothing is done
+//!   pre-resume    all stand still for CRIU: who lacks a lock or a segment? ── nobody ──▶ nothing is done
 //!                 CRIU leaves the container's cgroup, which is frozen
-//!   post-resume   CRIU has let go: the locks are taken, and the container runs
+//!   post-resume   CRIU has let go: locks are taken, segments attached, and the container runs
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,10 +13,12 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
+use haulage_criu::ipc::IpcState;
 use haulage_criu::record_locks::OwnedLock;
 use haulage_sys::freezer::{self, Freezer};
-use haulage_sys::record_lock::{self, RecordLock};
-use haulage_sys::take_locks;
+use haulage_sys::ipc::IpcNamespace;
+use haulage_sys::record_lock;
+use haulage_sys::take_locks::{self, Wanted};
 use haulage_sys::{Errno, Pid};
 
 use crate::failure::Failure;
@@ -24,11 +26,13 @@ use crate::failure::Failure;
 /// How long a group may take to freeze, whose processes stand still, and threads to stop that do not run.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Processes that lack locks and do not run before they have them. They are killed when this is dropped: they must not run.
+/// Processes that lack locks or segments and do not run before they have them. They are killed when this is dropped: they must not run.
 pub(crate) struct HeldBack {
     groups: Vec<Freezer>,
     processes: Vec<Pid>,
-    lost: Vec<(Pid, RecordLock)>,
+    lacking: Wanted,
+    /// With the namespace of the segments.
+    ipc: Option<(IpcState, IpcNamespace)>,
 }
 
 impl Drop for HeldBack {
@@ -38,17 +42,22 @@ impl Drop for HeldBack {
 }
 
 impl HeldBack {
-    /// Holds back the processes below `init`, which stand still, if one of them lacks one of `locks`.
+    /// Holds back the processes below `init`, which stand still, if one of them lacks one of `locks`, or a segment of `ipc`.
     ///
     /// # Errors
     /// [`Failure::Locks`]; they are killed.
-    pub(crate) fn if_lost(init: Pid, locks: &[OwnedLock]) -> Result<Option<Self>, Failure> {
-        if locks.is_empty() {
+    pub(crate) fn if_lacking(
+        init: Pid,
+        locks: &[OwnedLock],
+        ipc: Option<IpcState>,
+    ) -> Result<Option<Self>, Failure> {
+        if locks.is_empty() && ipc.is_none() {
             return Ok(None);
         }
-        let mut held = Self { groups: Vec::new(), processes: vec![init], lost: Vec::new() };
-        held.find_lost(init, locks).map_err(failed)?;
-        if held.lost.is_empty() {
+        let (groups, lacking) = Default::default();
+        let mut held = Self { groups, processes: vec![init], lacking, ipc: None };
+        held.find_lacking(init, locks, ipc).map_err(failed)?;
+        if held.lacking == Wanted::default() && held.ipc.is_none() {
             held.processes.clear();
             return Ok(None);
         }
@@ -56,14 +65,19 @@ impl HeldBack {
         Ok(Some(held))
     }
 
-    fn find_lost(&mut self, init: Pid, locks: &[OwnedLock]) -> io::Result<()> {
+    fn find_lacking(&mut self, init: Pid, locks: &[OwnedLock], ipc: Option<IpcState>) -> io::Result<()> {
         let processes = tree(init)?;
-        let with_owner = |lock: &OwnedLock| {
-            let none = || io::Error::other(format!("there is no process {} to have its locks", lock.pid));
-            processes.get(&lock.pid).map(|pid| (*pid, lock.lock())).ok_or_else(none)
+        let owner = |pid: u32| {
+            let none = || io::Error::other(format!("there is no process {pid} to have what is its"));
+            processes.get(&pid).copied().ok_or_else(none)
         };
-        let wanted = locks.iter().map(with_owner).collect::<io::Result<Vec<_>>>()?;
-        self.lost = record_lock::missing(&wanted)?;
+        let wanted = locks.iter().map(|lock| Ok((owner(lock.pid)?, lock.lock())));
+        self.lacking.locks = record_lock::missing(&wanted.collect::<io::Result<Vec<_>>>()?)?;
+        if let Some(ipc) = ipc {
+            let attachments = ipc.attached.iter().map(|is| Ok((owner(is.pid)?, is.attachment())));
+            self.lacking.attachments = attachments.collect::<io::Result<_>>()?;
+            self.ipc = Some((ipc, IpcNamespace::of(init)?));
+        }
         self.processes = processes.into_values().collect();
         Ok(())
     }
@@ -92,13 +106,16 @@ impl HeldBack {
         Ok(())
     }
 
-    /// CRIU has let go of the processes: they get their locks, and run.
+    /// CRIU has let go of the processes: they get their locks and segments, and run.
     ///
     /// # Errors
     /// [`Failure::Locks`]; they are killed.
     pub(crate) fn run(mut self) -> Result<(), Failure> {
         let (groups, processes) = (std::mem::take(&mut self.groups), std::mem::take(&mut self.processes));
-        take_locks::take_before_they_run(&groups, &processes, &self.lost, PATIENCE).map_err(failed)
+        let (lacking, ipc) = (std::mem::take(&mut self.lacking), self.ipc.take());
+        // Nobody may see a segment that everybody may attach.
+        let finish = || ipc.map_or(Ok(()), |(state, namespace)| state.finish(&namespace));
+        take_locks::take_before_they_run(&groups, &processes, &lacking, finish, PATIENCE).map_err(failed)
     }
 }
 

@@ -19,6 +19,7 @@ use std::path::Path;
 use std::process::{Child, Command, ExitStatus};
 
 use haulage_criu::shared::LeftOut;
+use haulage_sys::ipc::IpcNamespace;
 use haulage_sys::netns::NetworkNamespace;
 use haulage_sys::{Pid, mount_ns, pass_fd, pidfd};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -33,7 +34,7 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Starts `criu`, in the container's cgroups, as this process is by now, and in `network` if one is given. It inherits
+    /// Starts `criu`, in the container's cgroups, as this process is by now, and in `network` and `ipc` if they are given. It inherits
     /// the container's shared memory, under the names that the images have for it.
     ///
     /// # Errors
@@ -41,6 +42,7 @@ impl Worker {
     pub(crate) fn start(
         mut criu: Command,
         network: Option<&OsString>,
+        ipc: Option<IpcNamespace>,
         shared: Vec<OwnedFd>,
     ) -> io::Result<Self> {
         let (ours, its) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
@@ -55,6 +57,9 @@ impl Worker {
         mount_ns::enter_private_mounts_on_start(&mut criu);
         if let Some(network) = network {
             NetworkNamespace::at(Path::new(network))?.enter_on_start(&mut criu);
+        }
+        if let Some(ipc) = ipc {
+            ipc.enter_on_start(&mut criu);
         }
         let child = criu.spawn()?;
         // The copies here of what it inherits are closed with the command.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use haulage_sys::Pid;
+use haulage_sys::ipc::IpcNamespace;
 
 use crate::cause::Cause;
 use crate::companion::{CarriedTmpfs, Companion};
@@ -34,6 +35,15 @@ pub enum Network {
     /// It is not in the images at all: CRIU runs in the tree's namespace, here and in the restore, and takes it for a
     /// part of the world. Nor does it walk the kernel's table of connections then, 10 ms each of two times on a host
     /// whose table has 262,144 buckets.
+    Inherited,
+}
+
+/// The IPC namespace of the tree in the images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ipc {
+    /// It is in them, with all that is in its shared memory.
+    Dumped,
+    /// It is not: CRIU runs in it, here and in the restore. No mapping of a segment may show ([`crate::ipc`]).
     Inherited,
 }
 
@@ -74,6 +84,8 @@ pub struct DumpRequest {
     pub descriptors: Vec<String>,
     /// See [`Network`].
     pub network: Network,
+    /// See [`Ipc`].
+    pub ipc: Ipc,
     /// See [`Cgroups`].
     pub cgroups: Cgroups,
     /// How packets are kept away meanwhile; CRIU's default where `None`.
@@ -108,6 +120,7 @@ impl DumpRequest {
             carried: Vec::new(),
             descriptors: Vec::new(),
             network: Network::Empty,
+            ipc: Ipc::Dumped,
             cgroups: Cgroups::Dumped,
             network_lock: None,
             tcp_established: true,
@@ -214,12 +227,13 @@ impl Dump {
             .map_err(at(&descriptors))?;
         let companion = request.companion().map_err(at(Path::new("/proc")))?;
         companion.write(&request.images).map_err(at(&request.images))?;
-        let waiting = mask.as_mut().map(|mask| mask.take_waiting(request.network)).transpose()?;
+        let waiting =
+            mask.as_mut().map(|mask| mask.take_waiting((request.network, request.ipc))).transpose()?;
         let mut worker = match waiting.flatten() {
             Some(worker) => worker,
             None => {
                 let view = mask.as_ref().map(PagemapMask::view).transpose()?;
-                start_worker(criu, view.as_ref(), request.pid, request.network, &request.work)?
+                start_worker(criu, view.as_ref(), request.pid, (request.network, request.ipc), &request.work)?
             }
         };
         let log = request.work.join(DUMP_LOG);
@@ -242,7 +256,7 @@ pub(crate) fn start_worker(
     criu: &Criu,
     view: Option<&WorkerView>,
     pid: i32,
-    network: Network,
+    (network, ipc): (Network, Ipc),
     work: &Path,
 ) -> Result<Worker, DumpError> {
     let early = work.join(EARLY_LOG);
@@ -251,7 +265,11 @@ pub(crate) fn start_worker(
         Network::Empty => None,
         Network::Inherited => Some(namespace_of(pid).map_err(at(Path::new("/proc")))?),
     };
-    Worker::start(criu, view, network, Some(stderr)).map_err(DumpError::Rpc)
+    let ipc = match ipc {
+        Ipc::Dumped => None,
+        Ipc::Inherited => Some(ipc_of(pid).map_err(at(Path::new("/proc")))?),
+    };
+    Worker::start(criu, view, (network, ipc), Some(stderr)).map_err(DumpError::Rpc)
 }
 
 /// Until the post-dump notification, which is left unanswered.
@@ -273,6 +291,10 @@ fn run(worker: &mut Worker, options: Options, patience: Duration) -> Result<(), 
 /// The answer to a notification.
 pub(crate) fn answer(success: bool) -> Request {
     Request { kind: Kind::Notify.into(), notify_success: Some(success), ..Request::default() }
+}
+
+fn ipc_of(pid: i32) -> io::Result<IpcNamespace> {
+    IpcNamespace::of(Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidInput)?)
 }
 
 fn directory(path: &Path) -> Result<OwnedFd, DumpError> {

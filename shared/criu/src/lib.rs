@@ -21,6 +21,7 @@ pub mod guard;
 pub mod held;
 pub mod image;
 pub mod inventory;
+pub mod ipc;
 pub mod lazy;
 pub mod mask;
 pub mod merge;

@@ -26,7 +26,7 @@ use haulage_sys::mount_ns::{bind_in, spawn_in_private_mounts};
 
 use crate::cause::Cause;
 use crate::descriptors;
-use crate::dump::{self, DumpError, Network};
+use crate::dump::{self, DumpError, Ipc, Network};
 use crate::image::PAGE_SIZE;
 use crate::shared::LeftOutMapping;
 use crate::smaps::{self, SmapsError};
@@ -97,7 +97,7 @@ pub struct PagemapMask {
 #[derive(Debug)]
 struct Waiting {
     worker: Worker,
-    network: Network,
+    namespaces: (Network, Ipc),
     hides_descriptors: bool,
 }
 
@@ -175,20 +175,20 @@ impl PagemapMask {
     pub fn call_criu(
         &mut self,
         pid: i32,
-        network: Network,
+        namespaces: (Network, Ipc),
         hides_descriptors: bool,
         work: &Path,
     ) -> Result<(), DumpError> {
         let view = WorkerView { hides_descriptors, ..self.bare_view()? };
-        let worker = dump::start_worker(&self.criu, Some(&view), pid, network, work)?;
-        self.waiting = Some(Waiting { worker, network, hides_descriptors });
+        let worker = dump::start_worker(&self.criu, Some(&view), pid, namespaces, work)?;
+        self.waiting = Some(Waiting { worker, namespaces, hides_descriptors });
         Ok(())
     }
 
-    /// The CRIU that waits, if it is of use for a dump with `network`: it sees everything that is covered.
-    pub(crate) fn take_waiting(&mut self, network: Network) -> Result<Option<Worker>, MaskError> {
+    /// The CRIU that waits, if it is of use for a dump with these namespaces: it sees everything that is covered.
+    pub(crate) fn take_waiting(&mut self, namespaces: (Network, Ipc)) -> Result<Option<Worker>, MaskError> {
         let fits = |waiting: &Waiting| {
-            waiting.network == network
+            waiting.namespaces == namespaces
                 && waiting.hides_descriptors == self.hides_descriptors
                 && waiting.worker.is_alive()
         };

@@ -28,6 +28,8 @@ const MEMFDS: &str = "memfd.img";
 /// `O_RDONLY` and `O_RDWR` of `open(2)`.
 const READ_ONLY: u32 = 0;
 const READ_WRITE: u32 = 2;
+/// `MAP_PRIVATE` of `mmap(2)`.
+const MAP_PRIVATE: u32 = 0x02;
 /// `VMA_AREA_REGULAR` and `VMA_FILE_SHARED` of `criu/include/image.h`.
 const SHARED_FILE: u32 = 1 | 1 << 7;
 /// `VMA_AREA_REGULAR` and `VMA_ANON_PRIVATE`.
@@ -49,7 +51,7 @@ pub struct LeftOutMapping {
     /// Where in the object it begins, in bytes.
     #[prost(uint64, required, tag = "3")]
     pub offset: u64,
-    /// The object's inode number on the source, 0 if it is private.
+    /// What tells the object from others on the source, mostly its inode number; nothing, if it is private.
     #[prost(uint64, required, tag = "4")]
     pub object: u64,
     /// `PROT_…` bits.
@@ -69,14 +71,14 @@ pub struct LeftOutMapping {
 impl LeftOutMapping {
     /// Whether it is of no object, but of memory of its process's own.
     pub fn is_private(&self) -> bool {
-        self.object == 0
+        self.flags & MAP_PRIVATE != 0
     }
 }
 
 /// An object.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct SharedObject {
-    /// Its inode number on the source.
+    /// What tells it from others on the source, mostly its inode number.
     #[prost(uint64, required, tag = "1")]
     pub id: u64,
     /// Its length in bytes.
@@ -85,6 +87,9 @@ pub struct SharedObject {
     /// If it is a memfd.
     #[prost(message, optional, tag = "3")]
     pub memfd: Option<LeftOutMemfd>,
+    /// If it is a System V segment: its id. CRIU finds its memory where the segment is to be attached ([`crate::ipc`]).
+    #[prost(int32, optional, tag = "4")]
+    pub segment: Option<i32>,
 }
 
 /// The mappings and descriptors of one process.
@@ -257,7 +262,8 @@ fn refuse_known(left_out: &LeftOut, received: &Path) -> Result<(), MergeError> {
     };
     while let Some(MemfdInode { inode }) = image.read()? {
         // CRIU keeps the lower 32 bits of the number.
-        if let Some(object) = left_out.objects.iter().find(|object| object.id as u32 == inode) {
+        let mut files = left_out.objects.iter().filter(|object| object.segment.is_none());
+        if let Some(object) = files.find(|object| object.id as u32 == inode) {
             return Err(MergeError::Shared { object: object.id });
         }
     }
@@ -395,7 +401,7 @@ mod tests {
     }
 
     fn left_out(mappings: Vec<LeftOutMapping>) -> LeftOut {
-        let object = |id, size| SharedObject { id, size, memfd: None };
+        let object = |id, size| SharedObject { id, size, memfd: None, segment: None };
         let objects = vec![object(76, 0x1000), object(77, 0x10_0000)];
         let processes = vec![LeftOutProcess { pid: 1, mappings, descriptors: Vec::new() }];
         LeftOut { objects, processes, files: Vec::new() }

@@ -18,6 +18,10 @@ const EXECUTE: u32 = 4;
 const MAP_SHARED: u32 = 0x01;
 const MAP_PRIVATE: u32 = 0x02;
 const MAP_ANONYMOUS: u32 = 0x20;
+/// A System V segment, whose id stands in the place of its inode number and may be 0.
+const SEGMENT: &str = " /SYSV";
+/// What the kernel puts behind its name.
+const DELETED: &str = " (deleted)";
 /// Flags that `VmFlags` tells, as CRIU takes them over (`__parse_vmflags` of `criu/proc_parse.c`).
 const FLAGS: [(&str, u32); 2] = [("lo", 0x2000), ("nr", 0x4000)];
 /// Advice, by its number in `madvise(2)`.
@@ -128,8 +132,10 @@ fn mapping(line: &str, range: Range<u64>) -> Option<LeftOutMapping> {
     let (permissions, offset, _device) = (fields.next()?, fields.next()?, fields.next()?);
     let &[read, write, execute, sharing] = permissions.as_bytes() else { return None };
     let object = fields.next()?.parse().ok()?;
+    let is_segment = || line.trim_end().ends_with(DELETED) && line.contains(SEGMENT);
     let flags = match (sharing, object) {
         (b's', 1..) => MAP_SHARED,
+        (b's', 0) if is_segment() => MAP_SHARED,
         (b'p', 0) if fields.next().is_none() => MAP_PRIVATE | MAP_ANONYMOUS,
         _ => return None,
     };
@@ -190,6 +196,17 @@ VmFlags: rd mr me ms sd
             read_only: Some(true),
         };
         assert_eq!(found, [first, second]);
+    }
+
+    #[test]
+    fn a_segment_s_number_may_be_zero_and_that_of_another_mapping_not() {
+        let smaps =
+            SMAPS.replace("77                         /dev/zero", "0                         /SYSV00000a01");
+        let hidden = [0x7f00_0000_0000..0x7f00_0000_4000, 0x7f00_0000_8000..0x7f00_0000_9000];
+        let (rest, found) = without(&smaps, &hidden, &[]).unwrap();
+        assert_eq!(rest.lines().count(), 3);
+        assert!(found.len() == 2 && found.iter().all(|found| found.object == 0 && !found.is_private()));
+        assert!(without(&SMAPS.replace(" 77 ", " 0 "), &hidden, &[]).is_err());
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use haulage_sys::ipc::IpcNamespace;
 use haulage_sys::mount_ns;
 use haulage_sys::netns::NetworkNamespace;
 use haulage_sys::vm_flags::VmFlags;
@@ -132,14 +133,15 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Starts a worker with `stderr` for what it says before it has a log file, in `network` if one is given.
+    /// Starts a worker with `stderr` for what it says before it has a log file, in namespaces of the network
+    /// and of IPC if any are given.
     ///
     /// The worker outlives us only until it next speaks: it then finds the connection closed, and undoes. It gets no
     /// parent-death signal on purpose: a CRIU killed in the middle leaves sockets in repair mode and packets locked out.
     pub(crate) fn start(
         criu: &Criu,
         view: Option<&WorkerView>,
-        network: Option<NetworkNamespace>,
+        (network, ipc): (Option<NetworkNamespace>, Option<IpcNamespace>),
         stderr: Option<File>,
     ) -> Result<Self, RpcError> {
         let start = |source| RpcError::Start { program: criu.program.clone(), source };
@@ -157,6 +159,9 @@ impl Worker {
         }
         if let Some(network) = network {
             network.enter_on_start(&mut cmd);
+        }
+        if let Some(ipc) = ipc {
+            ipc.enter_on_start(&mut cmd);
         }
         let mut child = match view {
             None => {

@@ -75,7 +75,7 @@ impl Criu {
     /// # Errors
     /// When CRIU cannot be started or does not answer.
     pub fn version(&self) -> Result<Version, RpcError> {
-        let mut worker = Worker::start(self, None, None, None)?;
+        let mut worker = Worker::start(self, None, (None, None), None)?;
         worker.send(&Request { kind: Kind::Version.into(), ..Request::default() })?;
         let response = worker.answer(Kind::Version, PATIENCE)?;
         let numbers = response.version.unwrap_or_default();
@@ -98,7 +98,7 @@ impl Criu {
             return Err(UnfitError::TooOld { found, needed });
         }
         let dir = File::open(work_dir).map_err(UnfitError::WorkDir)?;
-        let mut worker = Worker::start(self, None, None, None)?;
+        let mut worker = Worker::start(self, None, (None, None), None)?;
         let dir_fd = dir.as_raw_fd();
         worker.send(&Request {
             kind: Kind::Check.into(),

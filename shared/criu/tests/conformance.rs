@@ -20,7 +20,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use container::{Container, Stored, poll};
-use haulage_criu::dump::{Dump, DumpError, Network};
+use haulage_criu::dump::{Dump, DumpError, Ipc, Network};
 use haulage_criu::held::{HeldDump, HoldError};
 use haulage_criu::mask::{DEFAULT_PARENT, PagemapMask};
 use haulage_criu::merge::{Assembly, Fill, Merged, PageSource};
@@ -40,7 +40,7 @@ fn dump(container: &Container) -> (HeldDump, Stored) {
 
 fn call_criu(container: &Container) -> PagemapMask {
     let mut mask = PagemapMask::prepare(&criu(), Path::new(DEFAULT_PARENT)).unwrap();
-    mask.call_criu(container.pid(), Network::Empty, false, &container.work()).unwrap();
+    mask.call_criu(container.pid(), (Network::Empty, Ipc::Dumped), false, &container.work()).unwrap();
     mask
 }
 

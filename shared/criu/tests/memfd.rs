@@ -46,7 +46,7 @@ fn copy(link: &Path) -> (File, SharedObject) {
     fcntl_add_seals(&copy, seals).unwrap();
     let (mode, uid, gid, seals) = (is.mode(), is.uid(), is.gid(), seals.bits());
     let memfd = Some(LeftOutMemfd { name: b"some work".to_vec(), mode, uid, gid, seals });
-    (copy, SharedObject { id: is.ino(), size, memfd })
+    (copy, SharedObject { id: is.ino(), size, memfd, segment: None })
 }
 
 /// What CRIU is to see of a process's descriptors, and those of the memfd.
@@ -154,8 +154,10 @@ fn descriptors_are_as_before_when_a_dump_is_undone() {
     let held = Dump::start(&criu, &container.request(), Some(mask)).unwrap();
     // CRIU sees the memfd in mappings all the same, so that nobody may take its images for those without it.
     let assembly = Assembly::begin(&container.images(), &container.complete()).unwrap();
-    let objects =
-        files.iter().map(|(file, _)| SharedObject { id: file.object, size: 1 << 20, memfd: None }).collect();
+    let objects = files
+        .iter()
+        .map(|(file, _)| SharedObject { id: file.object, size: 1 << 20, memfd: None, segment: None })
+        .collect();
     let error = assembly.add_shared(&LeftOut { objects, ..LeftOut::default() }).unwrap_err();
     assert!(error.to_string().contains("shared memory"), "{error}");
     held.roll_back().unwrap();

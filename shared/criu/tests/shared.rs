@@ -55,7 +55,12 @@ fn take(container: &Container) -> Carried {
                 let mut copy: File = memfd_create("/dev/zero", MemfdFlags::CLOEXEC).unwrap().into();
                 let size = std::io::copy(&mut object, &mut copy).unwrap();
                 assert_eq!(object.metadata().unwrap().ino(), mapping.object);
-                carried.left_out.objects.push(SharedObject { id: mapping.object, size, memfd: None });
+                carried.left_out.objects.push(SharedObject {
+                    id: mapping.object,
+                    size,
+                    memfd: None,
+                    segment: None,
+                });
                 carried.memory.push(copy);
             }
         }
@@ -118,7 +123,7 @@ fn what_criu_has_dumped_too_is_refused() {
     for pid in container.pids().into_iter().skip(1) {
         let mappings = mask.cover_shared(pid, &[], &shared(pid), &[]).unwrap();
         let ids = mappings.iter().map(|mapping| mapping.object);
-        left_out.objects.extend(ids.map(|id| SharedObject { id, size: 1 << 20, memfd: None }));
+        left_out.objects.extend(ids.map(|id| SharedObject { id, size: 1 << 20, memfd: None, segment: None }));
         let (pid, descriptors) = (container::vpid(pid), Vec::new());
         left_out.processes.push(LeftOutProcess { pid, mappings, descriptors });
     }

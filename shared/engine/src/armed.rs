@@ -41,6 +41,9 @@ pub const MEMORY: u8 = b'm';
 /// What it is sent before, with the descriptor of a tmpfs that is mounted nowhere and has the container's files, in the order
 /// in which the images name them.
 pub const TMPFS: u8 = b'f';
+/// What it is sent before, with the descriptor of the IPC namespace that the container is restored in, where the images have
+/// none.
+pub const IPC: u8 = b'i';
 
 const ARMED: &str = "armed.json";
 const CONSUMED: &str = "consumed.json";

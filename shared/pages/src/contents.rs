@@ -1,5 +1,5 @@
-//! What was written to a memfd in ways that no page table shows in the end: through a descriptor, by `write(2)` and its like,
-//! and through a mapping that was made after one round and given up before the next.
+//! What was written to a memfd or to a System V segment in ways that no page table shows in the end: through a descriptor, by
+//! `write(2)` and its like, and through a mapping that was made after one round and given up before the next.
 //!
 //! The former changes the time of change. The latter need not (who reads a page first finds it writable), but making the
 //! mapping changes the time of access, which we leave alone ourselves. So does much that writes nothing: these times tell
@@ -14,6 +14,10 @@
 //! The time is set when a call begins to write. So it counts as changed for as long as a call may take ([`CALL`], and when
 //! frozen [`LONG_CALL`]), and then once more: the writes of a call that was under way at one look are found by the next one.
 //! Nor does a time tell of a second change within one tick of the kernel's clock, which that covers too.
+//!
+//! Of a segment there are no descriptors, and whoever writes to it by a mapping may change its time of change as well. So only
+//! its time of access counts, and the shorter time is for a mapping that was made while a round looked. What was given back of
+//! it is not seen here ([`crate::given_back`]).
 //!
 //! What remains unseen: the later part of a single call that takes longer than that, and a mapping that is made by a
 //! descriptor which leaves the time of access alone (`O_NOATIME`).
@@ -58,6 +62,8 @@ const ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 pub(crate) struct Contents {
     seed: u64,
     zero: u64,
+    /// How long a call may take that writes, at most.
+    longest_call: Duration,
     /// The last look that was accounted for.
     last: Option<Look>,
     /// When pages were last compared, and how long that took.
@@ -87,6 +93,13 @@ impl Look {
         Ok(Self { times, at })
     }
 
+    /// As [`Self::at`], of a segment.
+    pub(crate) fn at_segment(file: &File) -> io::Result<Self> {
+        let look = Self::at(file)?;
+        let [_, accessed] = look.times;
+        Ok(Self { times: [accessed; 2], ..look })
+    }
+
     /// Whether something may still have been written after this look by whoever began before it, and took so long.
     fn is_fresh(self, call: Duration) -> bool {
         let (seconds, nanoseconds) = self.times.into_iter().max().unwrap_or_default();
@@ -98,12 +111,18 @@ impl Look {
 }
 
 impl Contents {
+    /// Of a segment, to which calls do not write; nothing was sent yet.
+    pub(crate) fn of_segment() -> Self {
+        Self { longest_call: CALL, ..Self::new() }
+    }
+
     /// Nothing was sent yet.
     pub(crate) fn new() -> Self {
         let seed = RandomState::new().hash_one(0);
         Self {
             seed,
             zero: hash(&ZEROS, seed),
+            longest_call: LONG_CALL,
             last: None,
             compared: None,
             found: None,
@@ -153,7 +172,7 @@ impl Contents {
         look: Look,
         unsure: bool,
     ) -> io::Result<RangeSet> {
-        match unsure || self.may_differ(look, LONG_CALL) {
+        match unsure || self.may_differ(look, self.longest_call) {
             true => self.differing(file, pages),
             false => Ok(RangeSet::new()),
         }

@@ -13,7 +13,7 @@
 //! one that was taken out has left the old one. A round does so only if there is something to be read, and for no more than
 //! one part in [`SHARE`] of the time; the freeze reads what rounds have left.
 //!
-//! Memfds need none of this: their content is compared ([`crate::contents`]).
+//! Memfds need none of this: their content is compared whenever that may have happened ([`crate::contents`]).
 
 use std::fs::File;
 use std::io;

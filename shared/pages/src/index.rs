@@ -1,11 +1,13 @@
 //! The index of a sealed store: which page lies where.
 //!
 //! ```text
-//! "HAULIDX4", processes u32, slots u32
+//! "HAULIDX5", processes u32, slots u32
 //!   per process: vpid u32, chunks u32, generation u64
 //!     per chunk: number u64, slot u32 (all ones: none), latest round u32, pages stored 64 bytes, pages in the data file
 //!                64 bytes, pages owed 64 bytes
-//! objects u32, per object: vpid u32, process that holds it u32, its descriptor u32, device u64, inode u64
+//! objects u32, per object: vpid u32, place
+//! namespaces u32 (0 or 1), per namespace: place
+//! place: process that holds it u32, its descriptor u32, device u64, inode u64
 //! CRC-32 of everything before it, u32
 //! ```
 //! All numbers little-endian; a chunk is 2 MiB of address space, its slot 2 MiB of the data file; page n of a chunk is
@@ -18,7 +20,7 @@ use crate::object::Place;
 use crate::process::{Generation, Vpid};
 use crate::range::PageNo;
 
-const MAGIC: [u8; 8] = *b"HAULIDX4";
+const MAGIC: [u8; 8] = *b"HAULIDX5";
 const NO_SLOT: u32 = u32::MAX;
 
 /// An index that is not one, or damaged.
@@ -54,6 +56,8 @@ pub(crate) struct Index {
     pub(crate) processes: BTreeMap<Vpid, Stored>,
     /// Where the objects among them are.
     pub(crate) objects: BTreeMap<Vpid, Place>,
+    /// Where the IPC namespace of those is that are System V segments, if there have been any.
+    pub(crate) namespace: Option<Place>,
     /// Slots of the data file in use or once used.
     pub(crate) slots: u32,
 }
@@ -81,10 +85,12 @@ impl Index {
             }
         }
         bytes.extend((self.objects.len() as u32).to_le_bytes());
-        for (vpid, Place { pid, descriptor, device, inode }) in &self.objects {
-            bytes.extend([vpid.0, *pid, *descriptor].iter().flat_map(|number| number.to_le_bytes()));
-            bytes.extend([device, inode].iter().flat_map(|number| number.to_le_bytes()));
+        for (vpid, place) in &self.objects {
+            bytes.extend(vpid.0.to_le_bytes());
+            bytes.extend(encoded(place));
         }
+        bytes.extend(u32::from(self.namespace.is_some()).to_le_bytes());
+        bytes.extend(self.namespace.iter().flat_map(encoded));
         bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
         bytes
     }
@@ -111,10 +117,13 @@ impl Index {
             index.processes.insert(vpid, stored);
         }
         for _ in 0..reader.u32()? {
-            let (vpid, pid, descriptor) = (Vpid(reader.u32()?), reader.u32()?, reader.u32()?);
-            let place = Place { pid, descriptor, device: reader.u64()?, inode: reader.u64()? };
-            index.objects.insert(vpid, place);
+            index.objects.insert(Vpid(reader.u32()?), reader.place()?);
         }
+        index.namespace = match reader.u32()? {
+            0 => None,
+            1 => Some(reader.place()?),
+            _ => return Err(IndexError::Length),
+        };
         let among_processes = index.processes.keys().filter(|vpid| vpid.is_object());
         if let Some(vpid) = among_processes.clone().find(|vpid| !index.objects.contains_key(vpid)) {
             return Err(IndexError::Object(*vpid));
@@ -125,6 +134,11 @@ impl Index {
         }
         if reader.0.is_empty() { Ok(index) } else { Err(IndexError::Length) }
     }
+}
+
+fn encoded(Place { pid, descriptor, device, inode }: &Place) -> Vec<u8> {
+    let numbers = [pid, descriptor].into_iter().flat_map(|number| number.to_le_bytes());
+    numbers.chain([device, inode].into_iter().flat_map(|number| number.to_le_bytes())).collect()
 }
 
 struct Reader<'a>(&'a [u8]);
@@ -142,6 +156,11 @@ impl Reader<'_> {
 
     fn u64(&mut self) -> Result<u64, IndexError> {
         Ok(u64::from_le_bytes(self.take()?))
+    }
+
+    fn place(&mut self) -> Result<Place, IndexError> {
+        let (pid, descriptor) = (self.u32()?, self.u32()?);
+        Ok(Place { pid, descriptor, device: self.u64()?, inode: self.u64()? })
     }
 
     fn bits(&mut self) -> Result<Bits, IndexError> {
@@ -186,12 +205,15 @@ mod tests {
         let shared = Stored { generation: Generation(8), chunks: [(70, there)].into() };
         let place = Place { pid: 9, descriptor: 3, device: 1, inode: 8 };
         let processes = [(Vpid(1), stored), (Vpid(2), empty), (object, shared)].into();
-        Index { processes, objects: [(object, place)].into(), slots: 4 }
+        let namespace = Some(Place { descriptor: 5, ..place });
+        Index { processes, objects: [(object, place)].into(), namespace, slots: 4 }
     }
 
     #[test]
     fn an_index_comes_back_as_it_was() {
-        assert_eq!(Index::decode(&index().encode()), Ok(index()));
+        for index in [index(), Index { namespace: None, ..index() }] {
+            assert_eq!(Index::decode(&index.encode()), Ok(index));
+        }
     }
 
     proptest! {

@@ -54,6 +54,7 @@ mod program;
 pub mod range;
 mod report;
 pub mod sealed;
+mod segments;
 pub mod serve;
 mod shared;
 pub mod soft_dirty;

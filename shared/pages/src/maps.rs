@@ -18,9 +18,10 @@ use crate::range::{PageRange, RangeSet};
 pub enum Class {
     /// Private anonymous memory: we do.
     Tracked,
-    /// Shared anonymous memory and memfds: we do, object by object, unless there is more to an object than we can carry.
+    /// Shared anonymous memory, memfds and System V segments: we do, object by object, unless there is more to an object than
+    /// we can carry.
     Shared,
-    /// The stack, files, System V shared memory, what the kernel maps: CRIU does.
+    /// The stack, files, what the kernel maps: CRIU does.
     Criu,
 }
 
@@ -33,9 +34,18 @@ const ROOM_FOR_A_STACK: u64 = 64 << 20;
 pub(crate) const ANONYMOUS: &str = "/dev/zero (deleted)";
 /// What the kernel puts before the name of a memfd.
 pub(crate) const MEMFD: &str = "/memfd:";
+/// What the kernel puts before the key of a System V segment.
+const SEGMENT: &str = "/SYSV";
+/// What the kernel puts behind the name of all such memory.
+const DELETED: &str = " (deleted)";
 /// Shared memory that was mapped without a file, after a restore by CRIU or by us: a memfd of that name, and no descriptor of
 /// it.
 pub(crate) const RESTORED: &str = "/memfd:/dev/zero (deleted)";
+
+/// Whether a System V segment is called so.
+pub(crate) fn is_segment(name: &[u8]) -> bool {
+    name.starts_with(SEGMENT.as_bytes()) && name.ends_with(DELETED.as_bytes())
+}
 
 /// The span of `group`, no less than the group itself.
 fn span_of(group: Vec<PageRange>, below: u64, above: u64) -> Option<(PageRange, Vec<PageRange>)> {
@@ -74,7 +84,7 @@ impl Region {
         match self.shared {
             _ if self.end > ADDRESS_END => Class::Criu,
             false if self.inode == 0 && ours => Class::Tracked,
-            true if self.inode != 0 && pathless => Class::Shared,
+            true if self.inode != 0 && pathless || self.is_segment() => Class::Shared,
             _ => Class::Criu,
         }
     }
@@ -82,6 +92,11 @@ impl Region {
     /// Whether it is shared memory of a name that the program has given the mapping, and so of any kind.
     pub fn is_shared_by_label(&self) -> bool {
         self.name.starts_with("[anon_shmem:")
+    }
+
+    /// Whether it is one of a System V segment, by its name. Its inode number is the segment's id then, 0 perhaps.
+    pub fn is_segment(&self) -> bool {
+        self.shared && is_segment(self.name.as_bytes())
     }
 
     /// Its pages, unless it lies beyond the end of ordinary user memory.
@@ -237,6 +252,8 @@ mod tests {
 7ffff7100000-7ffff7101000 rw-s 00000000 00:01 5                          [anon_shmem:x]
 7ffff7200000-7ffff7201000 rw-s 00000000 00:01 6                          /memfd:x (deleted)
 7ffff7300000-7ffff7301000 rw-p 00000000 00:01 6                          /memfd:x (deleted)
+7ffff7400000-7ffff7401000 rw-s 00000000 00:01 0                          /SYSV00001234 (deleted)
+7ffff7500000-7ffff7501000 rw-s 00000000 08:01 4                          /SYSV00001234
 7ffff7fbd000-7ffff7fc1000 r--p 00000000 00:00 0                          [vvar]
 7ffff7fc1000-7ffff7fc3000 r-xp 00000000 00:00 0                          [vdso]
 7ffffffde000-7ffffffff000 rw-p 00000000 00:00 0                          [stack]
@@ -249,16 +266,16 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
         let tracked: Vec<_> = maps.tracked().map(|range| range.start().address()).collect();
         assert_eq!(tracked, [0x5555_5556_0000, 0x7fff_f000_0000, 0x7fff_f002_1000, 0x7fff_f700_0000]);
         let shared: Vec<_> = maps.regions().iter().filter(|region| region.class() == Class::Shared).collect();
-        assert_eq!(shared.iter().map(|region| region.inode).collect::<Vec<_>>(), [77, 5, 6]);
+        assert_eq!(shared.iter().map(|region| region.inode).collect::<Vec<_>>(), [77, 5, 6, 0]);
         assert_eq!((shared[0].device, maps.regions()[5].offset), ((0, 1), 0x1000));
-        assert_eq!(maps.regions().len(), 15);
+        assert_eq!(maps.regions().len(), 17);
         assert_eq!(maps.regions()[0].name, "/usr/bin/some thing");
     }
 
     #[test]
     fn files_that_change_through_memory_are_listed() {
         let files: Vec<_> = Maps::parse(TEXT).unwrap().shared_writable_files().into_iter().collect();
-        assert_eq!(files, [PathBuf::from("/var/lib/db/log")]);
+        assert_eq!(files, [PathBuf::from("/SYSV00001234"), PathBuf::from("/var/lib/db/log")]);
     }
 
     #[test]

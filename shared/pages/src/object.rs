@@ -1,17 +1,20 @@
-//! Shared anonymous memory and memfds, as the objects that lie beneath the mappings of them.
+//! Shared anonymous memory, memfds and System V segments, as the objects that lie beneath the mappings of them.
 //!
 //! An object is memory of the kernel's own tmpfs, known by its inode number. It is carried as if it were a process: its
 //! pages are counted from its own beginning, its generation is its inode number, and it has an id that no process has
 //! ([`Vpid::is_object`]). Anonymous memory processes come to have mapped by `fork` and in no other way that needs no
 //! privilege; no descriptor of it exists. Of a memfd there are descriptors, by which it may be written to
-//! ([`crate::contents`]).
+//! ([`crate::contents`]). A segment can be attached and detached at any time.
+//!
+//! Segments are ours only where they come to [`WORTHWHILE`] bytes, and all of their IPC namespace can be: CRIU carries that
+//! whole or not at all.
 //!
 //! CRIU must see nothing of an object that we carry. So one of which any mapping is of another kind (private, say) is left
 //! to CRIU whole; so is a memfd that no process has mapped, or that is sealed against writing. What CRIU may see besides,
 //! such as a descriptor on its way through a socket, shows in its images, and the join refuses it there.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
@@ -19,11 +22,12 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
+use haulage_sys::ipc::{self, IpcNamespace, LOCKED, Segment};
 use haulage_sys::{PAGE_BYTES, PAGE_SIZE};
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, fcntl_get_seals, major, memfd_create, minor, seek};
 use rustix::io::Errno;
 
-use crate::maps::{ANONYMOUS, Class, MEMFD, Maps, RESTORED, Region};
+use crate::maps::{ANONYMOUS, Class, MEMFD, Maps, RESTORED, Region, is_segment};
 use crate::process::{Generation, Process};
 use crate::range::{PageNo, PageRange, RangeSet};
 
@@ -37,7 +41,14 @@ const DELETED: &[u8] = b" (deleted)";
 const HARMLESS: SealFlags =
     SealFlags::SEAL.union(SealFlags::SHRINK).union(SealFlags::GROW).union(SealFlags::EXEC);
 
-/// What a memfd is called, without the kernel's `/memfd:` and ` (deleted)`; nothing, of a process.
+/// Before the numbers of a segment in its label, with a byte that no name of a memfd has.
+const OF_A_SEGMENT: &[u8] = b"\0SYSV";
+/// In an [`ObjectId`], beside what is inode number and id at once: a segment.
+const IS_SEGMENT: u64 = 1 << 63;
+/// System V segments that are smaller altogether go with CRIU's images.
+const WORTHWHILE: u64 = 16 << 20;
+
+/// What a memfd is called, without the kernel's `/memfd:` and ` (deleted)`, or what a segment is; nothing, of a process.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Label(Arc<[u8]>);
 
@@ -49,6 +60,20 @@ impl Label {
     /// That of anonymous memory.
     pub(crate) fn anonymous() -> Self {
         Self::new(NAME)
+    }
+
+    /// That of a segment with this id, key and length in bytes.
+    pub(crate) fn of_segment(id: i32, key: i32, size: u64) -> Self {
+        let (id, key, size) = (id.to_le_bytes(), key.to_le_bytes(), size.to_le_bytes());
+        Self([OF_A_SEGMENT, &id, &key, &size].concat().into())
+    }
+
+    /// The id, key and length of the segment that it is one of, if it is.
+    pub(crate) fn segment(&self) -> Option<(i32, i32, u64)> {
+        let (id, rest) = self.0.strip_prefix(OF_A_SEGMENT)?.split_first_chunk()?;
+        let (key, size) = rest.split_first_chunk()?;
+        let size = u64::from_le_bytes(size.try_into().ok()?);
+        Some((i32::from_le_bytes(*id), i32::from_le_bytes(*key), size))
     }
 
     /// Of what is mapped at a link under `map_files`, if it is an object at all.
@@ -91,11 +116,31 @@ pub struct Memfd {
     pub seals: u32,
 }
 
-/// An object: its inode number. No other of this host has it as long as one mapping of it exists.
+/// An object: its inode number, or the id of a segment in the container's IPC namespace, told apart from those. No other has
+/// it as long as one mapping of it exists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ObjectId(pub u64);
 
 impl ObjectId {
+    /// That of a segment.
+    pub fn of_segment(id: i32) -> Self {
+        Self(IS_SEGMENT | u64::from(id.unsigned_abs()))
+    }
+
+    /// That of what a mapping is one of; nothing that means anything, of a mapping of no object.
+    pub fn of(region: &Region) -> Self {
+        if region.is_segment() { Self(IS_SEGMENT | region.inode) } else { Self(region.inode) }
+    }
+
+    /// The id of the segment that it is, if it is one.
+    pub fn segment(self) -> Option<i32> {
+        (self.0 & IS_SEGMENT != 0).then(|| i32::try_from(self.inode()).ok()).flatten()
+    }
+
+    fn inode(self) -> u64 {
+        self.0 & !IS_SEGMENT
+    }
+
     /// As it goes with its pages.
     pub fn generation(self) -> Generation {
         Generation(self.0)
@@ -137,7 +182,7 @@ impl ObjectMapping {
     /// When the mapping is not there any more, or we may not (`CAP_SYS_ADMIN`).
     pub(crate) fn open(&self, id: ObjectId) -> io::Result<File> {
         let file = open_untraced(self.link().as_ref())?;
-        match file.metadata()?.ino() == id.0 {
+        match file.metadata()?.ino() == id.inode() {
             true => Ok(file),
             false => Err(io::Error::new(io::ErrorKind::NotFound, "something else is mapped there by now")),
         }
@@ -148,9 +193,21 @@ impl ObjectMapping {
         format!("/proc/{}/map_files/{:x}-{:x}", self.process.pid, addresses.start, addresses.end)
     }
 
+    /// What the segment is of which it is a mapping.
+    fn segment(&self) -> io::Result<Label> {
+        let inode = fs::metadata(self.link())?.ino();
+        let segments = IpcNamespace::of(self.process.pid)?.run(ipc::segments)??;
+        let found = segments.into_iter().find(|segment| u64::from(segment.id.unsigned_abs()) == inode);
+        let Segment { id, key, size, .. } = found.ok_or(io::ErrorKind::NotFound)?;
+        Ok(Label::of_segment(id, key, size))
+    }
+
     /// The name of what is mapped.
     pub(crate) fn label(&self) -> io::Result<Label> {
         let target = fs::read_link(self.link())?;
+        if is_segment(target.as_os_str().as_bytes()) {
+            return self.segment();
+        }
         Label::of_link(target.as_os_str().as_bytes()).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 }
@@ -177,8 +234,19 @@ impl Place {
     /// # Errors
     /// `NotFound` when whoever held it is gone.
     pub(crate) fn open(&self) -> io::Result<File> {
-        let path = format!("/proc/{}/fd/{}", self.pid, self.descriptor);
-        let object = File::options().read(true).write(true).open(path)?;
+        self.open_with(File::options().read(true).write(true))
+    }
+
+    /// Opens it for reading alone.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn open_to_read(&self) -> io::Result<File> {
+        self.open_with(File::options().read(true))
+    }
+
+    fn open_with(&self, options: &OpenOptions) -> io::Result<File> {
+        let object = options.open(format!("/proc/{}/fd/{}", self.pid, self.descriptor))?;
         let metadata = object.metadata()?;
         match (metadata.dev(), metadata.ino()) == (self.device, self.inode) {
             true => Ok(object),
@@ -199,8 +267,10 @@ pub fn carried(maps: &[(Process, Maps)]) -> io::Result<BTreeMap<ObjectId, Vec<Ob
     let mut objects = BTreeMap::<ObjectId, Vec<ObjectMapping>>::new();
     let (mut others, mut named) = (BTreeSet::new(), BTreeSet::new());
     for (process, maps) in maps {
-        for region in maps.regions().iter().filter(|region| region.device == device && region.inode != 0) {
-            let id = ObjectId(region.inode);
+        for region in
+            maps.regions().iter().filter(|region| region.device == device && ObjectId::of(region).0 != 0)
+        {
+            let id = ObjectId::of(region);
             if ![ANONYMOUS, RESTORED].contains(&region.name.as_str()) {
                 named.insert(id);
             }
@@ -215,11 +285,40 @@ pub fn carried(maps: &[(Process, Maps)]) -> io::Result<BTreeMap<ObjectId, Vec<Ob
     objects.retain(|id, mappings| {
         !others.contains(id) && (!named.contains(id) || can_be_made_anew(*id, mappings))
     });
+    let segments = objects.iter().filter(|(id, _)| id.segment().is_some());
+    let bytes = segments.fold(0, |bytes: u64, (_, mappings)| bytes.saturating_add(reach(mappings)));
+    if bytes < WORTHWHILE || !are_all(&objects) {
+        objects.retain(|id, _| id.segment().is_none());
+    }
     Ok(objects)
 }
 
-/// Whether an object is one that can be made and filled elsewhere: anonymous, or a memfd without seals against that.
+/// Whether no other segments are in the namespace of those among `objects`, and none is locked into memory.
+fn are_all(objects: &BTreeMap<ObjectId, Vec<ObjectMapping>>) -> bool {
+    let segments = objects.iter().filter(|(id, _)| id.segment().is_some());
+    // Some processes may have ended meanwhile.
+    let mut namespaces = segments
+        .flat_map(|(_, mappings)| mappings)
+        .filter_map(|mapping| IpcNamespace::of(mapping.process.pid).ok());
+    let known = namespaces.next().and_then(|namespace| namespace.run(ipc::segments).ok()?.ok());
+    let is_ours = |segment: &Segment| {
+        segment.permissions.mode & LOCKED == 0 && objects.contains_key(&ObjectId::of_segment(segment.id))
+    };
+    known.is_some_and(|known| known.iter().all(is_ours))
+}
+
+/// How much of an object is mapped at least once, in bytes, as far as that begins at its beginning.
+fn reach(mappings: &[ObjectMapping]) -> u64 {
+    let ends = mappings.iter().map(|mapping| (mapping.first.0 + mapping.pages.count()) * PAGE_SIZE);
+    ends.max().unwrap_or(0)
+}
+
+/// Whether an object is one that can be made and filled elsewhere: anonymous, a segment, or a memfd without seals against
+/// that.
 fn can_be_made_anew(id: ObjectId, mappings: &[ObjectMapping]) -> bool {
+    if id.segment().is_some() {
+        return true;
+    }
     // Some may have been given up meanwhile. What a mapping has behind the end of a file would be cut off.
     mappings.iter().find_map(|mapping| memfd_at(id, mapping).ok()).is_some_and(|memfd| match memfd {
         Some(memfd) => {
@@ -230,7 +329,7 @@ fn can_be_made_anew(id: ObjectId, mappings: &[ObjectMapping]) -> bool {
     })
 }
 
-/// What the memfd is besides its content; `None` of anonymous memory, of which nobody has a descriptor.
+/// What the memfd is besides its content; `None` of anonymous memory and segments, of which nobody has a descriptor.
 ///
 /// # Errors
 /// When none of `mappings` is there any more.
@@ -240,7 +339,7 @@ pub fn memfd(id: ObjectId, mappings: &[ObjectMapping]) -> io::Result<Option<Memf
 
 fn memfd_at(id: ObjectId, mapping: &ObjectMapping) -> io::Result<Option<Memfd>> {
     let label = mapping.label()?;
-    if label.is_anonymous() {
+    if label.is_anonymous() || id.segment().is_some() {
         return Ok(None);
     }
     let file = mapping.open(id)?;
@@ -346,9 +445,49 @@ mod tests {
     use super::*;
     use crate::process::Vpid;
     use rustix::fs::{FallocateFlags, fallocate, ftruncate};
+    use std::os::fd::OwnedFd;
 
     fn process(vpid: u32) -> Process {
         Process { pid: rustix::process::getpid(), vpid: Vpid(vpid), generation: Generation(1) }
+    }
+
+    #[test]
+    fn segments_are_ours_together_and_only_when_they_are_worth_it() {
+        let (major, minor) = device().unwrap();
+        let line = |at: u64, pages: u64, offset: u64, inode: u64| {
+            let end = at + pages * PAGE_SIZE;
+            format!(
+                "{at:x}-{end:x} rw-s {offset:08x} {major:02x}:{minor:02x} {inode} /SYSV0000000a (deleted)\n"
+            )
+        };
+        let namespace = IpcNamespace::create().unwrap();
+        let mut sleeper = std::process::Command::new("sleep");
+        let there = namespace.as_file().try_clone().unwrap();
+        IpcNamespace::from(OwnedFd::from(there)).enter_on_start(&mut sleeper);
+        let mut sleeper = sleeper.arg("60").spawn().unwrap();
+        let pid = haulage_sys::Pid::from_child(&sleeper);
+        let of = |text: &str| {
+            let maps = [(Process { pid, ..process(1) }, Maps::parse(text).unwrap())];
+            carried(&maps).unwrap().into_keys().collect::<Vec<_>>()
+        };
+        // One of them is known by two mappings, which say nothing of its length together.
+        let make = |id| namespace.run(move || ipc::make_segment(id, 10 + id, PAGE_SIZE)).unwrap().unwrap();
+        let _memory = [make(0), make(9)];
+        let few = line(0x1000_0000, 2048, 0, 0) + &line(0x2000_0000, 1023, 0x40_0000, 9);
+        let enough = few.clone() + &line(0x3000_0000, 2048, 0, 9);
+        let found = [of(&few), of(&enough)];
+        // Another one that nobody has attached.
+        let _other = make(5);
+        let with_another = of(&enough);
+        sleeper.kill().unwrap();
+        sleeper.wait().unwrap();
+        assert_eq!(found, [vec![], vec![ObjectId::of_segment(0), ObjectId::of_segment(9)]]);
+        assert_eq!(with_another, []);
+        assert_eq!(ObjectId::of_segment(9).segment(), Some(9));
+        assert_eq!(ObjectId(9).segment(), None);
+        let label = Label::of_segment(9, -7, 1 << 40);
+        assert_eq!(label.segment(), Some((9, -7, 1 << 40)));
+        assert_eq!(Label::new(b"SYSV a memfd").segment(), None);
     }
 
     #[test]
@@ -361,7 +500,8 @@ mod tests {
             + &line(0x20_0000, "rw-s", 0, 8, ANONYMOUS)
             + &line(0x30_0000, "rw-s", 0, 9, "/memfd:x (deleted)")
             + &line(0x40_0000, "rw-s", 0, 10, "/SYSV00000000 (deleted)")
-            + "500000-504000 rw-s 00000000 ff:ff 11 /dev/zero (deleted)\n"
+            + &line(0x50_0000, "rw-s", 0, 0, "/SYSV00000001 (deleted)")
+            + "580000-584000 rw-s 00000000 ff:ff 11 /dev/zero (deleted)\n"
             + &line(0x60_0000, "rw-s", 0, 12, "[anon_shmem:not there]");
         let two = line(0x10_0000, "r--s", 0x2000, 7, RESTORED) + &line(0x20_0000, "r--p", 0, 8, ANONYMOUS);
         let maps = [(process(1), Maps::parse(&one).unwrap()), (process(2), Maps::parse(&two).unwrap())];

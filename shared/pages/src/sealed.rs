@@ -12,7 +12,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 
 use crate::chunk::{CHUNK_PAGES, Chunk, Kept, Piece};
 use crate::index::Index;
-use crate::object::ObjectId;
+use crate::object::{ObjectId, Place};
 use crate::process::{Generation, Vpid};
 use crate::range::{PageNo, PageRange, RangeSet};
 use crate::store::{DATA_FILE, INDEX_FILE, SLOT_BYTES, StoreError, offset, pages_of};
@@ -24,6 +24,7 @@ pub struct SealedStore {
     path: PathBuf,
     index: Index,
     objects: BTreeMap<Vpid, File>,
+    namespace: Option<File>,
 }
 
 /// A chunk of a process that holds more than zeros.
@@ -69,7 +70,9 @@ impl SealedStore {
         let opened = index.objects.iter().map(|(vpid, place)| Ok((*vpid, place.open()?)));
         let objects = opened.collect::<io::Result<_>>();
         let objects = objects.map_err(|source| StoreError::Io { path: path.clone(), source })?;
-        Ok(Self { data, path, index, objects })
+        let namespace = index.namespace.as_ref().map(Place::open_to_read).transpose();
+        let namespace = namespace.map_err(|source| StoreError::Io { path: path.clone(), source })?;
+        Ok(Self { data, path, index, objects, namespace })
     }
 
     /// The processes, ascending. One without pages is listed too.
@@ -85,6 +88,11 @@ impl SealedStore {
             let id = ObjectId(self.index.processes.get(vpid)?.generation.0);
             Some((*vpid, id, object))
         })
+    }
+
+    /// The IPC namespace of those objects that are System V segments.
+    pub fn namespace(&self) -> Option<&File> {
+        self.namespace.as_ref()
     }
 
     /// The pages of one process; none of a process that is not listed.

@@ -4,10 +4,10 @@
 //! - what some page table says, of mappings that have been registered since the last round;
 //! - all that a mapping shows which is new, or has been: whatever was done through it went unseen;
 //! - pages that held nothing the last time;
-//! - pages of a memfd that are not as they were sent, if its time of change says that there may be some ([`crate::contents`]);
-//! - pages without a name that somebody may have taken out, and that are zeros now ([`crate::given_back`]);
+//! - pages of a memfd or of a System V segment that are not as they were sent, if its time of change says that there may be some ([`crate::contents`]);
+//! - pages without a descriptor that somebody may have taken out, and that are zeros now ([`crate::given_back`]);
 //! - everything, if some process may have been born and have died in between, or the kernel may have taken pages out of
-//!   page tables ([`crate::births`]); of a memfd, what a comparison finds.
+//!   page tables ([`crate::births`]); of those two, what a comparison finds.
 //!
 //! What remains unseen: a write through a second mapping that a process makes of the same memory (`mremap` with an old
 //! size of 0) and gives up again between two rounds; and a write to a page that the process itself takes out of its page
@@ -44,9 +44,9 @@ pub(crate) struct SharedMemory {
 struct Known {
     file: File,
     label: Label,
-    /// Where there may be descriptors of it.
+    /// Where there may be descriptors of it, or it can be mapped at any time.
     contents: Option<Contents>,
-    /// Of use where there are none.
+    /// Of use where there are no descriptors.
     given_back: GivenBack,
     extents: RangeSet,
     /// Mappings that have been registered since.
@@ -211,11 +211,17 @@ impl SharedMemory {
     /// What goes by the object's id in place of a process. The object is open then, unless that is not possible.
     fn stand_in(&mut self, id: ObjectId, mappings: &[ObjectMapping]) -> Option<Process> {
         let first = mappings.first()?;
+        if id.segment().is_some() && self.objects.get(&id).is_some_and(|known| !known.is_of(id, mappings)) {
+            self.objects.remove(&id);
+        }
         if let Entry::Vacant(place) = self.objects.entry(id) {
             let opened =
                 mappings.iter().find_map(|mapping| Some((mapping.open(id).ok()?, mapping.label().ok()?)));
             let (file, label) = opened?;
-            let contents = (!label.is_anonymous()).then(Contents::new);
+            let contents = match (id.segment(), label.is_anonymous()) {
+                (Some(_), _) => Some(Contents::of_segment()),
+                (None, is_anonymous) => (!is_anonymous).then(Contents::new),
+            };
             let (given_back, extents, mappings) = Default::default();
             place.insert(Known { file, label, contents, given_back, extents, mappings });
         }
@@ -226,41 +232,63 @@ impl SharedMemory {
 }
 
 impl Known {
+    /// Whether it is still the memory of these mappings. A segment may get the id of one that is gone, whose memory we keep.
+    fn is_of(&self, id: ObjectId, mappings: &[ObjectMapping]) -> bool {
+        let made = |file: &File| file.metadata().ok()?.created().ok();
+        let now = mappings.iter().find_map(|mapping| mapping.open(id).ok());
+        now.is_none_or(|now| made(&now) == made(&self.file))
+    }
+
     /// The pages that exist, and those of them that are not known to be as they were sent, for all that page tables have
     /// `told`.
     fn collect(&mut self, told: &RangeSet, unsure: bool, is_last: bool) -> io::Result<(RangeSet, RangeSet)> {
         // Before all else: what is written from here on shows the next time.
-        let look = Look::at(&self.file)?;
+        let look = self.look()?;
         let extents = object::extents(&self.file)?;
         let written = told.union(&extents.subtract(&self.extents)).intersect(&extents);
-        let dirty = match &mut self.contents {
+        let written = match &mut self.contents {
             Some(contents) => {
                 let differing = contents.collect(&self.file, &extents, told, look, unsure, is_last)?;
                 written.union(&differing.intersect(&extents))
             }
-            None => {
-                let written = if unsure { extents.clone() } else { written };
-                let zeros = self.given_back.collect(&self.file, &extents, &written, is_last)?;
-                written.union(&zeros)
-            }
+            None if unsure => extents.clone(),
+            None => written,
         };
-        Ok((extents, dirty))
+        if !self.has_descriptors() {
+            let zeros = self.given_back.collect(&self.file, &extents, &written, is_last)?;
+            return Ok((extents, written.union(&zeros)));
+        }
+        Ok((extents, written))
+    }
+
+    fn look(&self) -> io::Result<Look> {
+        match self.label.segment() {
+            Some(_) => Look::at_segment(&self.file),
+            None => Look::at(&self.file),
+        }
+    }
+
+    /// Whether there may be any.
+    fn has_descriptors(&self) -> bool {
+        self.contents.is_some() && self.label.segment().is_none()
     }
 
     /// The pages that exist when frozen, and those of them that are as they were sent. Changes nothing. Only if it
     /// `compares`, memory is looked at and not page tables alone.
     fn scan(&self, writes: &Writes, unsure: bool, compares: bool) -> io::Result<(RangeSet, RangeSet)> {
-        let look = Look::at(&self.file)?;
+        let look = self.look()?;
         let extents = object::extents(&self.file)?;
         if writes.unknown || unsure && self.contents.is_none() {
             return Ok((extents, RangeSet::new()));
         }
         let unwritten = extents.intersect(&self.extents).subtract(&writes.dirty);
-        let others = match &self.contents {
-            _ if !compares => RangeSet::new(),
-            Some(contents) => contents.scan(&self.file, &extents, look, unsure)?,
-            None => self.given_back.scan(&self.file, &unwritten)?,
+        let mut others = match &self.contents {
+            Some(contents) if compares => contents.scan(&self.file, &extents, look, unsure)?,
+            _ => RangeSet::new(),
         };
+        if compares && !self.has_descriptors() {
+            others = others.union(&self.given_back.scan(&self.file, &unwritten.subtract(&others))?);
+        }
         Ok((extents, unwritten.subtract(&others)))
     }
 }

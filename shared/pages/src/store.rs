@@ -3,7 +3,8 @@
 //! A directory with one sparse data file for all processes. Every 2 MiB of a process's address space that holds data
 //! gets a slot of 2 MiB in the file when it is first written, and a page lies in its slot where it lies in its 2 MiB.
 //! Shared memory lies in no such file but in memory of its own, which the restored processes will map: what comes is
-//! where it belongs, and is not copied again. It is there as long as somebody holds it ([`Objects`]).
+//! where it belongs, and is not copied again. It is there as long as somebody holds it ([`Objects`]). System V segments are in
+//! an IPC namespace besides ([`crate::segments`]).
 //!
 //! Which pages are stored is known in memory until [`PageStore::seal`] writes it to an index beside the file; then
 //! another process can read the pages ([`crate::sealed::SealedStore`]).
@@ -24,6 +25,7 @@ use crate::named::Owner;
 use crate::object::{Label, Place};
 use crate::process::{Generation, Vpid};
 use crate::range::{PageNo, PageRange, RangeSet};
+use crate::segments::Segments;
 
 pub(crate) const DATA_FILE: &str = "pages.dat";
 pub(crate) const INDEX_FILE: &str = "pages.idx";
@@ -100,6 +102,7 @@ pub struct PageStore {
     data: File,
     index: Index,
     objects: BTreeMap<Vpid, Memory>,
+    segments: Segments,
     /// Slots whose chunk was dropped.
     free: Vec<u32>,
     chunks: usize,
@@ -122,6 +125,7 @@ impl PageStore {
             data,
             index: Index::default(),
             objects: BTreeMap::new(),
+            segments: Segments::default(),
             free: Vec::new(),
             chunks: 0,
             round: 0,
@@ -397,18 +401,24 @@ impl PageStore {
             }
             if vpid.is_object() {
                 let label = label.cloned().unwrap_or_else(Label::anonymous);
-                let flags = match label == Label::anonymous() {
-                    true => MemfdFlags::CLOEXEC,
-                    // It gets its seals when all is in it.
-                    false => MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
-                };
-                let file =
-                    memfd_create(label.as_bytes(), flags).map_err(|errno| self.failed(errno.into()))?;
-                self.objects.insert(vpid, Memory { file: file.into(), label });
+                let file = self.memory_called(&label).map_err(|error| self.failed(error))?;
+                self.objects.insert(vpid, Memory { file, label });
             }
             self.index.processes.insert(vpid, Stored { generation, chunks: Default::default() });
         }
         Ok(())
+    }
+
+    fn memory_called(&mut self, label: &Label) -> io::Result<File> {
+        if let Some(segment) = label.segment() {
+            return self.segments.make(segment);
+        }
+        let flags = match *label == Label::anonymous() {
+            true => MemfdFlags::CLOEXEC,
+            // It gets its seals when all is in it.
+            false => MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
+        };
+        Ok(memfd_create(label.as_bytes(), flags)?.into())
     }
 
     /// Writes the index, after which any process can open the store, as long as the objects are held. The index appears
@@ -421,6 +431,9 @@ impl PageStore {
             let at = Place::of(&memory.file).map_err(|source| self.failed(source))?;
             self.index.objects.insert(*vpid, at);
         }
+        let namespace = std::mem::take(&mut self.segments).into_namespace();
+        let at = namespace.as_ref().map(Place::of).transpose();
+        self.index.namespace = at.map_err(|source| self.failed(source))?;
         let path = self.dir.join(DATA_FILE);
         let length = u64::from(self.index.slots) * SLOT_BYTES;
         self.data.set_len(length).map_err(|source| StoreError::Io { path, source })?;
@@ -428,7 +441,8 @@ impl PageStore {
         fs::write(&draft, self.index.encode())
             .and_then(|()| fs::rename(&draft, &path))
             .map_err(|source| StoreError::Io { path, source })?;
-        Ok((self.dir, Objects(self.objects.into_values().map(|memory| memory.file).collect())))
+        let memory = self.objects.into_values().map(|memory| memory.file);
+        Ok((self.dir, Objects(memory.chain(namespace).collect())))
     }
 
     fn chunk(&mut self, vpid: Vpid, generation: Generation, number: u64) -> Result<&mut Chunk, StoreError> {

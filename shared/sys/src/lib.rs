@@ -5,7 +5,8 @@
 //! | --- | --- |
 //! | [`inject`] | makes a userfaultfd in another process and takes it over |
 //! | [`record_lock`] | locks of processes on ranges of files |
-//! | [`take_locks`] | has processes take such locks before they run |
+//! | [`take_locks`] | has processes take such locks, and attach segments, before they run |
+//! | [`attach`] | a System V segment as a process is to attach it |
 //! | [`standstill`] | stops every thread of several processes for a moment |
 //! | [`uffd`] | registers memory for asynchronous write tracking |
 //! | [`lazy`] | serves the missing pages of another process through its userfaultfd |
@@ -17,6 +18,7 @@
 //! | [`pidfd`] | process descriptors; whether two processes share memory |
 //! | [`freezer`] | freezes and thaws a cgroup, version 1 or 2 |
 //! | [`netns`] | runs code in another process's network namespace |
+//! | [`ipc`] | IPC namespaces and what is in them |
 //! | [`mount_ns`] | starts a program in a mount namespace of its own |
 //! | [`tmpfs`] | a tmpfs that is mounted nowhere until somebody takes it |
 //! | [`packet`] | takes arriving packets, and puts them back |
@@ -28,10 +30,12 @@
 
 mod abi;
 pub mod arp;
+pub mod attach;
 mod btf;
 mod error;
 pub mod freezer;
 pub mod inject;
+pub mod ipc;
 pub mod lazy;
 mod mapping_iterator;
 pub mod mount_ns;

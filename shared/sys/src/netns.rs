@@ -86,18 +86,27 @@ impl NetworkNamespace {
     /// # Errors
     /// When no thread can be started or the namespace cannot be entered (`CAP_SYS_ADMIN`); `work` has not run then.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
-        let enter_and_work = || -> io::Result<T> {
-            self.enter()?;
-            Ok(work())
-        };
-        std::thread::scope(|scope| {
-            let thread = std::thread::Builder::new().name("haul-netns".into());
-            match thread.spawn_scoped(scope, enter_and_work)?.join() {
-                Ok(result) => result,
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-        })
+        run_on_a_thread("haul-netns", || self.enter(), work)
     }
+}
+
+/// Runs `work` on a thread of that name, once it has been able to `enter`, and returns what it returns.
+pub(crate) fn run_on_a_thread<T: Send>(
+    name: &str,
+    enter: impl FnOnce() -> io::Result<()> + Send,
+    work: impl FnOnce() -> T + Send,
+) -> io::Result<T> {
+    let enter_and_work = || -> io::Result<T> {
+        enter()?;
+        Ok(work())
+    };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name(name.into());
+        match thread.spawn_scoped(scope, enter_and_work)?.join() {
+            Ok(result) => result,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
 }
 
 /// A thread that is in a new namespace until this is dropped.

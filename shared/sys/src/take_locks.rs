@@ -1,15 +1,17 @@
-//! Processes that stand frozen take locks ([`crate::record_lock`]) before they run.
+//! Processes that stand frozen take locks ([`crate::record_lock`]) and attach System V segments ([`crate::attach`]) before they
+//! run.
 //!
 //! Whoever makes a process anew, and maps its files by descriptors of the moment, has it lose its locks on them; and nobody
-//! else can take them in its name.
+//! else can take them in its name, nor attach a segment in it.
 //!
 //! ```text
 //!  frozen ── SEIZE, INTERRUPT each thread ── thaw ──► stopped, before an instruction of its own is executed
-//!                                                        │ a thread of each owner: mmap, fcntl(F_SETLK)…, munmap
+//!                                                        │ a thread of each owner: shmat…, mmap, fcntl(F_SETLK)…,
+//!                                                        │ munmap
 //!  running ◄── DETACH each thread ◄── are all there? ◄───┘
 //! ```
 //! Until the last step the kernel kills the threads when this process ends (`PTRACE_O_EXITKILL`), and so does every error:
-//! nothing runs without its locks.
+//! nothing runs without its locks and segments.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -23,6 +25,7 @@ use rustix::process::{Signal, kill_process};
 
 use crate::Pid;
 use crate::abi::PAGE_SIZE;
+use crate::attach::{Attachment, attach_in};
 use crate::error::CallError;
 use crate::freezer::{Freezer, FreezerError, FreezerState};
 use crate::inject::block_signals;
@@ -35,7 +38,7 @@ use crate::window::{CS_64, Window, is_in_restartable_sequence};
 
 const LOOK_EVERY: Duration = Duration::from_micros(100);
 
-/// Why processes did not get their locks. They are killed in every case, and have not run.
+/// Why processes did not get their locks or segments. They are killed in every case, and have not run.
 #[derive(Debug, thiserror::Error)]
 pub enum TakeError {
     /// They did not stand still when this began.
@@ -75,6 +78,20 @@ pub enum TakeError {
         /// The lock.
         lock: RecordLock,
     },
+    /// It does not get a segment.
+    #[error("process {pid} does not get the System V segment {segment}")]
+    NotAttached {
+        /// The process.
+        pid: Pid,
+        /// The segment.
+        segment: i32,
+        /// Why.
+        #[source]
+        source: CallError,
+    },
+    /// What was to be done when all had theirs failed.
+    #[error("what was to follow on locks and segments failed")]
+    NotFinished(#[source] io::Error),
     /// What a process has cannot be read.
     #[error("locks cannot be read")]
     Unreadable(#[source] io::Error),
@@ -86,23 +103,33 @@ pub enum TakeError {
     NoThreadOfOurs(#[source] io::Error),
 }
 
-/// Has processes take the `wanted` locks, each for itself, and lets them run on. `processes` are all that stand frozen by
+/// What processes are to have before they run.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// Locks. One that the process has already stays as it is.
+    pub locks: Vec<(Pid, RecordLock)>,
+    /// Segments.
+    pub attachments: Vec<(Pid, Attachment)>,
+}
+
+/// Has processes take and attach what is `wanted`, each for itself, does what is to `follow`, and lets them run on. `processes` are all that stand frozen by
 /// the groups `frozen`, which are thawed. Each thread stops within `patience`, before it executes anything of its own.
 ///
-/// Needs `CAP_SYS_PTRACE` and `CAP_SYS_ADMIN`. A lock that the process has already stays as it is.
+/// Needs `CAP_SYS_PTRACE` and `CAP_SYS_ADMIN`.
 ///
 /// # Errors
 /// See [`TakeError`]; all the processes are killed.
 pub fn take_before_they_run(
     frozen: &[Freezer],
     processes: &[Pid],
-    wanted: &[(Pid, RecordLock)],
+    wanted: &Wanted,
+    follow: impl FnOnce() -> io::Result<()> + Send,
     patience: Duration,
 ) -> Result<(), TakeError> {
     std::thread::scope(|scope| {
         let taker = std::thread::Builder::new().name("haul-lock".into());
         let taker = taker.spawn_scoped(scope, move || {
-            let taken = take(frozen, processes, wanted, patience);
+            let taken = take(frozen, processes, wanted, follow, patience);
             if taken.is_err() {
                 kill(frozen, processes);
             }
@@ -136,7 +163,8 @@ pub fn kill(frozen: &[Freezer], processes: &[Pid]) {
 fn take(
     frozen: &[Freezer],
     processes: &[Pid],
-    wanted: &[(Pid, RecordLock)],
+    wanted: &Wanted,
+    follow: impl FnOnce() -> io::Result<()>,
     patience: Duration,
 ) -> Result<(), TakeError> {
     block_signals()?;
@@ -165,21 +193,25 @@ fn take(
             }
         }
     }
-    let mut by_owner: HashMap<Pid, Vec<RecordLock>> = HashMap::new();
-    for (pid, lock) in wanted {
-        by_owner.entry(*pid).or_default().push(*lock);
+    let mut by_owner: HashMap<Pid, (Vec<RecordLock>, Vec<&Attachment>)> = HashMap::new();
+    for (pid, lock) in &wanted.locks {
+        by_owner.entry(*pid).or_default().0.push(*lock);
     }
-    for (pid, locks) in &by_owner {
+    for (pid, attachment) in &wanted.attachments {
+        by_owner.entry(*pid).or_default().1.push(attachment);
+    }
+    for (pid, (locks, attachments)) in &by_owner {
         let own = threads.get(pid).map(Vec::as_slice).unwrap_or_default();
-        let signal = take_by_one_of(*pid, own, locks)?;
+        let signal = take_by_one_of(*pid, own, locks, attachments)?;
         // It was held back while the thread had other registers.
         if let Some(signal) = signal.and_then(Signal::from_named_raw) {
             kill_process(*pid, signal).map_err(|errno| CallError::new("kill", errno))?;
         }
     }
-    if let Some((pid, lock)) = record_lock::missing(wanted).map_err(TakeError::Unreadable)?.first() {
+    if let Some((pid, lock)) = record_lock::missing(&wanted.locks).map_err(TakeError::Unreadable)?.first() {
         return Err(TakeError::NotThere { pid: *pid, lock: *lock });
     }
+    follow().map_err(TakeError::NotFinished)?;
     for tracee in threads.into_values().flatten() {
         tracee.detach(0)?;
     }
@@ -199,7 +231,12 @@ fn is_frozen(group: &Freezer, deadline: Instant) -> Result<(), TakeError> {
 }
 
 /// By the first thread that can. A stop signal that came for it meanwhile.
-fn take_by_one_of(pid: Pid, threads: &[Tracee], locks: &[RecordLock]) -> Result<Option<i32>, TakeError> {
+fn take_by_one_of(
+    pid: Pid,
+    threads: &[Tracee],
+    locks: &[RecordLock],
+    attachments: &[&Attachment],
+) -> Result<Option<i32>, TakeError> {
     let memory = VmReader::open(pid)?;
     let gadget = thread_choice::syscall_instruction(pid, &memory)?.ok_or(TakeError::NoThread { pid })?;
     for tracee in threads {
@@ -210,7 +247,12 @@ fn take_by_one_of(pid: Pid, threads: &[Tracee], locks: &[RecordLock]) -> Result<
         let mask = tracee.signal_mask()?;
         tracee.set_signal_mask(u64::MAX)?;
         let mut window = Window::new(tracee, gadget, own);
-        let taken = take_in(&mut window, pid, locks);
+        let taken = attachments.iter().try_for_each(|attachment| {
+            let segment = attachment.id;
+            let attached = attach_in(&mut window, attachment);
+            attached.map_err(|source| TakeError::NotAttached { pid, segment, source })
+        });
+        let taken = taken.and_then(|()| take_in(&mut window, pid, locks));
         let signal = window.stopped_by();
         tracee.set_registers(&own)?;
         tracee.set_signal_mask(mask)?;
@@ -225,6 +267,9 @@ fn take_by_one_of(pid: Pid, threads: &[Tracee], locks: &[RecordLock]) -> Result<
 
 /// The locks are described in a page of their own: nothing of the process's memory is written to.
 fn take_in(window: &mut Window<'_>, pid: Pid, locks: &[RecordLock]) -> Result<(), TakeError> {
+    if locks.is_empty() {
+        return Ok(());
+    }
     let readable = (libc::PROT_READ | libc::PROT_WRITE) as u64;
     let anonymous = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
     let page = made(window, "mmap", libc::SYS_mmap, &[0, PAGE_SIZE, readable, anonymous, u64::MAX, 0])?;

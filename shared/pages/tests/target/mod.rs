@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use haulage_sys::Pid;
 use haulage_sys::freezer::Freezer;
+use haulage_sys::ipc::IpcNamespace;
 use rustix::process::{Signal, kill_process};
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
@@ -53,7 +54,10 @@ impl Target {
         assert!(compiled.unwrap().success());
         let group = make_group();
         let mut words = wrapper.iter().map(std::ffi::OsStr::new).chain([binary.as_os_str()]);
-        let mut child = Command::new(words.next().unwrap())
+        let mut command = Command::new(words.next().unwrap());
+        // Segments of others would count.
+        IpcNamespace::create().unwrap().enter_on_start(&mut command);
+        let mut child = command
             .args(words)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

@@ -1,6 +1,11 @@
-//! Shared memory: without a name, and memfds.
+//! Shared memory: without a name, memfds, and System V segments.
+
+use std::time::{Duration, Instant};
 
 use super::*;
+
+/// Longer than it takes until nothing counts any more that may have been done while a segment was attached.
+const LATE: Duration = Duration::from_millis(2500);
 
 #[test]
 fn shared_memory_that_processes_fork_into_map_elsewhere_and_give_up() {
@@ -190,15 +195,22 @@ fn shared_memory_that_is_given_back_and_then_read() {
     if cannot_write_protect() {
         return;
     }
-    for (policy, rounds) in
-        [(TransferPolicy::All, 0), (TransferPolicy::All, 2), (TransferPolicy::Adaptive, 1)]
+    let ways = [(TransferPolicy::All, 0), (TransferPolicy::All, 2), (TransferPolicy::Adaptive, 1)];
+    // Two segments are ours together only if they are large enough.
+    for (kind, (policy, rounds)) in
+        ways.map(|way| ("shared", way)).into_iter().chain(ways.map(|way| ("segment", way)))
     {
         let mut target = Target::start_apart();
-        target.tell("shared 0 3000; write 0 0 2500; shared 1 50; write 1 0 50; fork");
+        target.tell(&format!("{kind} 0 5000; write 0 0 2500; {kind} 1 50; write 1 0 50; fork"));
         let mut moving = Move::begin(target, Box::new(WriteProtect::new().unwrap()), policy);
-        for _ in 0..2 {
+        // Until what was attached is so no longer of late, and pages are not compared for that.
+        let began = Instant::now();
+        moving.round();
+        moving.round();
+        while kind == "segment" && began.elapsed() < LATE {
             moving.round();
         }
+        moving.round();
         // What is read then is zeros, by the table of pages as the kernel keeps it still protected.
         moving.tell("punch 0 100 50; read 0 100 50; write 0 2000 9; punch 1 7 1; read 1 7 1");
         for _ in 0..rounds {
@@ -206,4 +218,70 @@ fn shared_memory_that_is_given_back_and_then_read() {
         }
         moving.finish();
     }
+}
+
+#[test]
+fn segments_that_processes_attach_write_to_and_detach() {
+    on_all("segment 0 4000; write 0 0 300; segment 1 200; write 1 0 50; attach 0 2 1", |moving| {
+        moving.round();
+        moving.tell("write 0 30 20; zero 0 60 5; fork; brief 0 100 50; attach 1 3; write 3 7 3");
+        moving.round();
+        moving
+            .tell("readonly 0 200 10; punch 0 10 10; glimpse 0 500 20; detach 3; segment 4 30; write 4 0 30");
+        moving.target.signal_children();
+        moving.round();
+        moving.tell("attach 0 5; detach 0; write 5 70 3; detach 4; segment 6 9; write 6 8 1; protect 5 20 4");
+        moving.target.signal_children();
+        moving.round();
+        moving.tell("glimpse 1 30 9; brief 5 400 20; write 5 3999 1");
+    });
+}
+
+#[test]
+fn segments_where_no_process_comes_or_goes_are_sent_no_more_than_was_written() {
+    if cannot_write_protect() {
+        return;
+    }
+    let mut target = Target::start_apart();
+    target.tell("segment 0 9000; write 0 0 6000; fork; map 1 10; write 1 0 10; attach 0 2 1");
+    let mut moving = Move::begin(target, Box::new(WriteProtect::new().unwrap()), TransferPolicy::All);
+    let first = moving.round().dirty_pages;
+    assert!((6010..6400).contains(&first), "{first}");
+    // The target's own input and output dirty a few pages.
+    let own = 8;
+    for _ in 0..2 {
+        let idle = moving.round();
+        assert!(idle.dirty_pages <= own && idle.left_pages.is_some_and(|left| left <= own), "{idle:?}");
+    }
+    moving.tell("write 0 100 37; read 0 0 6000; write 0 8500 5");
+    let written = moving.round().dirty_pages;
+    assert!((42..42 + own).contains(&written), "{written}");
+    // By a mapping that was made after one round and is gone before the next.
+    moving.tell("glimpse 0 3000 16");
+    let written = moving.round_that_finds(16).dirty_pages;
+    assert!((16..16 + 3 * own).contains(&written), "{written}");
+    moving.tell("glimpse 0 4000 7; write 0 5000 9");
+    let last = moving.finish();
+    assert!(last.data_pages <= 16 + 16 + 2 * own, "{last:?}");
+}
+
+#[test]
+fn small_segments_are_none_of_ours_and_a_large_one_makes_them_so() {
+    let mut target = Target::start();
+    target.tell("segment 0 400; write 0 0 400; segment 1 100; write 1 0 9");
+    let tracker = best(&target);
+    let mut moving = Move::begin(target, tracker, TransferPolicy::default());
+    moving.round();
+    let ours = |moving: &Move| {
+        let processes = process::list(&moving.target.cgroup_procs()).unwrap();
+        let maps = processes.iter().map(|process| (*process, Maps::of(process.pid).unwrap()));
+        object::carried(&maps.collect::<Vec<_>>()).unwrap().len()
+    };
+    assert_eq!(ours(&moving), 0);
+    moving.tell("segment 2 4096; write 2 4000 96");
+    assert_eq!(ours(&moving), 3);
+    moving.round();
+    moving.tell("detach 2; write 0 3 3");
+    assert_eq!(ours(&moving), 0);
+    moving.finish();
 }

@@ -14,6 +14,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/ptrace.h>
+#include <sys/shm.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -28,7 +29,7 @@
 #define RW (PROT_READ | PROT_WRITE)
 #define GUARD_INSTALL 102
 #define ANON (MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
-static struct { char *at; unsigned long pages; } region[16];
+static struct { char *at; unsigned long pages; int segment; } region[16];
 static uint64_t state = 88172645463325252ul;
 static atomic_int racing;
 static unsigned long raced;
@@ -168,6 +169,15 @@ int main(int argc, char **argv) {
             if (f < 0 || dup2(f, MEMFD + a) < 0 || close(f) || ftruncate(MEMFD + a, b * PAGE)) fail(word);
             region[a].at = check(mmap(0, b * PAGE, RW, MAP_SHARED, MEMFD + a, 0), word); region[a].pages = b;
         }
+        // Gone with those who have it attached, whatever becomes of this program.
+        else if (!strcmp(word, "segment")) {
+            region[a].segment = shmget(IPC_PRIVATE, b * PAGE, IPC_CREAT | 0600); region[a].pages = b;
+            region[a].at = check(shmat(region[a].segment, 0, 0), word);
+            if (shmctl(region[a].segment, IPC_RMID, 0)) fail(word);
+        }
+        else if (!strcmp(word, "attach")) { region[b] = region[a]; region[b].at = check(shmat(region[a].segment, 0, c ? SHM_RDONLY : 0), word); }
+        else if (!strcmp(word, "detach")) { if (shmdt(at)) fail(word); }
+        else if (!strcmp(word, "glimpse")) { char *m = check(shmat(region[a].segment, 0, 0), word); for (unsigned long i = b; i < b + c; i++) fill(m + i * PAGE); if (shmdt(m)) fail(word); }
         else if (!strcmp(word, "pwrite")) put(a, b, c);
         else if (!strcmp(word, "glance")) { char *m = check(mmap(0, region[a].pages * PAGE, RW, MAP_SHARED, MEMFD + a, 0), word); for (unsigned long i = b; i < b + c; i++) { *(volatile char *)(m + i * PAGE); fill(m + i * PAGE); } if (munmap(m, region[a].pages * PAGE)) fail(word); }
         else if (!strcmp(word, "restore")) { static char page[PAGE]; for (unsigned long i = b; i < b + c; i++) { memcpy(page, at + i * PAGE, PAGE); put(a, i, 1); if (pwrite(MEMFD + a, page, PAGE, i * PAGE) != (ssize_t)PAGE) fail(word); } }
