@@ -56,6 +56,9 @@ fn state<'a>(
     if !processes.all(|process| namespace(process.pid).is_ok_and(|theirs| theirs == ours)) {
         return refused("not all processes are in one IPC namespace");
     }
+    if segments.values().copied().flatten().any(|mapping| !is_64_bit(mapping.process.pid)) {
+        return refused("a process of 32 bits has a segment attached, and cannot be made to attach it again");
+    }
     for (id, size) in state.segments() {
         match segments.get(&id) {
             None => return refused("a segment is attached by nobody, or of huge pages"),
@@ -72,6 +75,13 @@ fn state<'a>(
         true => Ok(state),
         false => refused("a segment is of no namespace"),
     }
+}
+
+/// Whether a process runs a program of 64 bits, by the class of its file (`elf(5)`: `EI_CLASS`, `ELFCLASS64`).
+fn is_64_bit(pid: Pid) -> bool {
+    let mut head = [0; 5];
+    let read = File::open(format!("/proc/{pid}/exe")).and_then(|exe| exe.read_exact_at(&mut head, 0));
+    read.is_ok() && head == *b"\x7fELF\x02"
 }
 
 /// Whether each process has a segment of so many pages mapped from its beginning to its end, each time. `mappings` are in the
@@ -150,6 +160,12 @@ mod tests {
         assert!(!are_whole(&[mapping(1, 100, 0, 4), mapping(1, 105, 5, 5)], 10), "the middle is missing");
         assert!(!are_whole(&[mapping(1, 100, 0, 4), mapping(2, 104, 4, 6)], 10), "it is another's");
         assert!(!are_whole(&[mapping(1, 100, 0, 4), mapping(1, 105, 4, 6)], 10), "it was moved");
+    }
+
+    #[test]
+    fn we_are_of_64_bits_and_nobody_is_not() {
+        assert!(is_64_bit(rustix::process::getpid()));
+        assert!(!is_64_bit(Pid::from_raw(i32::MAX).unwrap()));
     }
 
     #[test]

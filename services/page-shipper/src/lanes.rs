@@ -125,9 +125,11 @@ impl Lanes {
         let lost = || Fault::new(code::INTERNAL, "the account of an earlier round is lost");
         let mut known = self.known.take().ok_or_else(lost)?;
         let reading = tokio::task::spawn_blocking(move || {
-            let _modest = Modest::if_wanted(modest);
+            // Not before there is something to send: until then threads of the container may stand still for this one.
+            let mut giving_way = None;
             let mut spared = Encoding::default();
             let mut sink = |batch: PageBatch| {
+                giving_way.get_or_insert_with(|| Modest::if_wanted(modest));
                 let batch = if is_slow(&rates) {
                     let Sifted { batch, unchanged, named } = known.sift(batch);
                     spared.unchanged += Pages(unchanged);

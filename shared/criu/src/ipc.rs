@@ -19,8 +19,10 @@ use std::io::{self, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 use haulage_sys::attach::{Attachment, Part};
-use haulage_sys::ipc::{self, IpcNamespace, Message, Permissions, Queue, Segment, Semaphores};
+use haulage_sys::ipc::{self, IpcNamespace, Load, Message, Permissions, Queue, Segment, Semaphores};
 use serde::{Deserialize, Serialize};
+
+use crate::smaps;
 
 /// The name of the file, which is not there where CRIU carries the namespace.
 const NAME: &str = "ipc.json";
@@ -46,8 +48,8 @@ const SETTINGS: [&str; 12] = [
 const SETTINGS_OF: &str = "/proc/sys";
 /// The kernel ends segments that nobody has attached.
 const ENDS_UNATTACHED: &str = "kernel/shm_rmid_forced";
-/// So many bytes of messages, of all queues together, are written down.
-const MAX_MESSAGES: usize = 16 << 20;
+/// So much is written down, while all stand still; containers that use messages and semaphores at all have a fraction of it.
+const MOST: Load = Load { semaphores: 65_536, messages: 16_384, bytes: 1 << 20 };
 /// The most bytes of a new queue.
 const QUEUE_ROOM: &str = "kernel/msgmnb";
 
@@ -126,6 +128,16 @@ pub struct AttachedPart {
 }
 
 impl Attached {
+    /// Whether its parts adjoin from its first byte on, with no advice but what mappings are told to have.
+    fn is_sound(&self) -> bool {
+        let mut next = self.start;
+        self.parts.iter().all(|part| {
+            let adjoins = part.start == next && part.start < part.end;
+            next = part.end;
+            adjoins && part.advice & !smaps::all_advice() == 0
+        })
+    }
+
     /// As it is to be attached again.
     pub fn attachment(&self) -> Attachment {
         let part = |part: &AttachedPart| Part {
@@ -143,12 +155,16 @@ impl IpcState {
     /// That of a namespace, in which nobody does anything at the moment; nobody has anything attached, as far as this tells.
     ///
     /// # Errors
-    /// When the kernel does not tell.
+    /// When the kernel does not tell, or there is too much besides segments.
     pub fn of(namespace: &IpcNamespace) -> io::Result<Self> {
         namespace.run(Self::of_this_thread)?
     }
 
     fn of_this_thread() -> io::Result<Self> {
+        let Load { semaphores, messages, bytes } = Load::of_this_thread()?;
+        if semaphores > MOST.semaphores || messages > MOST.messages || bytes > MOST.bytes {
+            return Err(io::Error::other("there are too many messages or semaphores"));
+        }
         let mut settings = Vec::new();
         for name in SETTINGS.into_iter().chain([ENDS_UNATTACHED]) {
             match fs::read_to_string(setting(name)) {
@@ -195,9 +211,7 @@ impl IpcState {
         if self.queues.iter().any(|queue| queue.is.room > most) {
             return Some("a queue of messages has more room than one can get");
         }
-        let messages = self.queues.iter().flat_map(|queue| &queue.is.messages);
-        let bytes: usize = messages.map(|(_, text)| text.len()).sum();
-        (bytes > MAX_MESSAGES).then_some("there are too many messages")
+        None
     }
 
     /// Writes it beside the images in `images`.
@@ -221,7 +235,8 @@ impl IpcState {
         file.take(MAX_SIZE).read_to_end(&mut bytes)?;
         let read: Self = serde_json::from_slice(&bytes)?;
         match read.format {
-            FORMAT => Ok(Some(read)),
+            FORMAT if read.attached.iter().all(Attached::is_sound) => Ok(Some(read)),
+            FORMAT => Err(io::Error::new(ErrorKind::InvalidData, "attached parts that do not adjoin")),
             format => {
                 let message = format!("{NAME} has format {format}, and {FORMAT} is understood");
                 Err(io::Error::new(ErrorKind::InvalidData, message))
@@ -360,12 +375,44 @@ mod tests {
         namespace.run(|| fs::write(setting("kernel/msgmnb"), "16384").unwrap()).unwrap();
         assert_eq!(IpcState::of(&namespace).unwrap().obstacle(), None);
         let mut state = IpcState::of(&namespace).unwrap();
-        state.queues[0].is.messages.push((1, vec![0; MAX_MESSAGES]));
-        assert!(state.obstacle().unwrap().contains("messages"));
         state.segments[0].mode |= ipc::LOCKED;
         assert!(state.obstacle().unwrap().contains("locked"));
         namespace.run(|| fs::write(setting(ENDS_UNATTACHED), "1").unwrap()).unwrap();
         assert!(IpcState::of(&namespace).unwrap().obstacle().unwrap().contains("attached"));
+    }
+
+    #[test]
+    fn what_would_take_too_long_to_read_is_not_read() {
+        let (namespace, _memory) = filled();
+        let queue = |id, texts: Vec<Vec<u8>>| {
+            let messages = texts.into_iter().map(|text| Message { kind: 1, text }).collect();
+            Queue { id, key: 0, permissions: permissions(), room: 2 << 20, messages }
+        };
+        let (most, bytes) = (usize::try_from(MOST.messages).unwrap(), usize::try_from(MOST.bytes).unwrap());
+        namespace.run(|| fs::write(setting(QUEUE_ROOM), "4194304")).unwrap().unwrap();
+        for (id, texts) in [(2, vec![vec![7; 8192]; bytes / 8192]), (3, vec![Vec::new(); most])] {
+            namespace.run(|| ipc::make_queue(&queue(id, texts))).unwrap().unwrap();
+            let error = IpcState::of(&namespace).unwrap_err();
+            assert!(error.to_string().contains("too many"), "{error}");
+            namespace.run(|| ipc::remove_queue(id)).unwrap().unwrap();
+            assert!(IpcState::of(&namespace).is_ok());
+        }
+    }
+
+    #[test]
+    fn attached_parts_that_cannot_be_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut state = IpcState::of(&IpcNamespace::create().unwrap()).unwrap();
+        let part = |start, end, advice| AttachedPart { start, end, prot: 3, advice };
+        let mut refuses = |parts| {
+            state.attached = vec![Attached { pid: 1, id: 1, start: 0x1000, read_only: false, parts }];
+            state.write(dir.path()).unwrap();
+            IpcState::read(dir.path()).is_err()
+        };
+        assert!(!refuses(vec![part(0x1000, 0x3000, 1 << 16), part(0x3000, 0x4000, 0)]));
+        assert!(refuses(vec![part(0x3000, 0x1000, 0)]), "it ends before it begins");
+        assert!(refuses(vec![part(0x1000, 0x2000, 0), part(0x3000, 0x4000, 0)]), "there is a gap");
+        assert!(refuses(vec![part(0x1000, 0x2000, 1 << 9)]), "MADV_REMOVE is no state");
     }
 
     #[test]

@@ -28,6 +28,11 @@ const FLAGS: [(&str, u32); 2] = [("lo", 0x2000), ("nr", 0x4000)];
 const ADVICE: [(&str, u32); 7] =
     [("sr", 2), ("rr", 1), ("dc", 10), ("dd", 16), ("mg", 12), ("hg", 14), ("nh", 15)];
 
+/// A bit for each advice that a mapping can be told to have.
+pub(crate) fn all_advice() -> u64 {
+    ADVICE.iter().fold(0, |all, (_, number)| all | 1 << number)
+}
+
 /// What `VmFlags` may tell of a private mapping that is left out: what is in an image, or is of no account to a restore
 /// (`um` and `uw` are our own tracking).
 const PLAIN: [&str; 18] = [

@@ -100,6 +100,12 @@ impl Look {
         Ok(Self { times: [accessed; 2], ..look })
     }
 
+    /// For a mapping that was made between the listing of mappings, which began at `listed`, and this look: it is in no list,
+    /// and may be written to for long. So the times of this look count as changed for as long from then on.
+    pub(crate) fn of_those_listed(self, listed: SystemTime) -> Self {
+        Self { at: listed.min(self.at), ..self }
+    }
+
     /// Whether something may still have been written after this look by whoever began before it, and took so long.
     fn is_fresh(self, call: Duration) -> bool {
         let (seconds, nanoseconds) = self.times.into_iter().max().unwrap_or_default();
@@ -404,5 +410,11 @@ mod tests {
         );
         let used = Look { times: [(100, 0), (105, 0)], ..at(100, 110_100) };
         assert!(contents.may_differ(used, CALL), "somebody has mapped it");
+        let listed = SystemTime::UNIX_EPOCH + Duration::from_secs(99);
+        contents.last = Some(at(100, 110_000).of_those_listed(listed));
+        assert!(
+            contents.may_differ(at(100, 110_100), CALL),
+            "mapped since mappings were listed, which took long"
+        );
     }
 }

@@ -338,8 +338,12 @@ pub fn memfd(id: ObjectId, mappings: &[ObjectMapping]) -> io::Result<Option<Memf
 }
 
 fn memfd_at(id: ObjectId, mapping: &ObjectMapping) -> io::Result<Option<Memfd>> {
+    // A segment's label takes a look at all of its namespace.
+    if id.segment().is_some() {
+        return Ok(None);
+    }
     let label = mapping.label()?;
-    if label.is_anonymous() || id.segment().is_some() {
+    if label.is_anonymous() {
         return Ok(None);
     }
     let file = mapping.open(id)?;

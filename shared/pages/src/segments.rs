@@ -3,10 +3,13 @@
 //! A segment cannot be made of memory that is there. So it is made when it is first heard of, with its id, and its memory is
 //! filled like that of any other object: by a file that the kernel has of it.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 
 use haulage_sys::ipc::{self, IpcNamespace, PRIVATE};
+
+/// How many segments the namespace of whoever writes to it may have.
+const MOST_SEGMENTS: &str = "/proc/sys/kernel/shmmni";
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -23,7 +26,12 @@ impl Segments {
     pub(crate) fn make(&mut self, (id, key, size): (i32, i32, u64)) -> io::Result<File> {
         let namespace = match self.namespace.take() {
             Some(namespace) => namespace,
-            None => IpcNamespace::create()?,
+            None => {
+                let namespace = IpcNamespace::create()?;
+                // As many as the source may have. What it allows the container comes at the restore.
+                namespace.run(|| fs::write(MOST_SEGMENTS, ipc::MOST_SEGMENTS.to_string()))??;
+                namespace
+            }
         };
         let namespace = self.namespace.insert(namespace);
         namespace.run(|| {
@@ -55,6 +63,8 @@ mod tests {
         let there = namespace.run(ipc::segments).unwrap().unwrap();
         let there: Vec<_> = there.iter().map(|is| (is.id, is.key, is.size)).collect();
         assert_eq!(there, made[2..]);
+        let most = namespace.run(|| fs::read_to_string(MOST_SEGMENTS)).unwrap().unwrap();
+        assert_eq!(most.trim(), ipc::MOST_SEGMENTS.to_string());
         drop(memory);
         assert!(Segments::default().make((1, 0, 1 << 60)).is_err());
     }

@@ -17,6 +17,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fs::File;
 use std::io;
+use std::time::SystemTime;
 
 use crate::births::Births;
 use crate::contents::{Contents, Look};
@@ -111,7 +112,7 @@ impl SharedMemory {
         is_last: bool,
     ) -> Vec<Collected> {
         let Some(tracker) = tracker.shared() else { return Vec::new() };
-        let mut unsure = false;
+        let (listed, mut unsure) = (SystemTime::now(), false);
         let maps = processes.iter().filter_map(|process| match Maps::of(process.pid) {
             Ok(maps) => Some((*process, maps)),
             Err(error) => {
@@ -131,7 +132,7 @@ impl SharedMemory {
             let Some(process) = self.stand_in(id, &mappings) else { continue };
             let Some(known) = self.objects.get_mut(&id) else { continue };
             let writes = writes(&known.mappings, &mappings, &scans);
-            let Ok((extents, mut dirty)) = known.collect(&writes.dirty, unsure, is_last) else {
+            let Ok((extents, mut dirty)) = known.collect(&writes.dirty, listed, unsure, is_last) else {
                 // What the page tables said is forgotten with this: everything counts as written the next time.
                 (known.extents, known.mappings) = (RangeSet::new(), Vec::new());
                 continue;
@@ -240,10 +241,16 @@ impl Known {
     }
 
     /// The pages that exist, and those of them that are not known to be as they were sent, for all that page tables have
-    /// `told`.
-    fn collect(&mut self, told: &RangeSet, unsure: bool, is_last: bool) -> io::Result<(RangeSet, RangeSet)> {
+    /// `told` since mappings were `listed`.
+    fn collect(
+        &mut self,
+        told: &RangeSet,
+        listed: SystemTime,
+        unsure: bool,
+        is_last: bool,
+    ) -> io::Result<(RangeSet, RangeSet)> {
         // Before all else: what is written from here on shows the next time.
-        let look = self.look()?;
+        let look = self.look()?.of_those_listed(listed);
         let extents = object::extents(&self.file)?;
         let written = told.union(&extents.subtract(&self.extents)).intersect(&extents);
         let written = match &mut self.contents {

@@ -22,6 +22,8 @@ pub use semaphore::{Semaphores, make_semaphores, remove_semaphores, semaphores};
 use crate::Pid;
 use crate::netns::run_on_a_thread;
 
+/// The most segments that a namespace may be allowed to have (`IPCMNI` of the kernel's `ipc/util.h`).
+pub const MOST_SEGMENTS: u32 = 32_768;
 /// A key with which an object is found by nobody (`IPC_PRIVATE`).
 pub const PRIVATE: i32 = libc::IPC_PRIVATE;
 
@@ -124,6 +126,35 @@ impl Permissions {
         (about.uid, about.gid) = (self.uid, self.gid);
         // The kernel takes these bits and leaves the others.
         about.mode = (self.mode & 0o777) as libc::c_ushort;
+    }
+}
+
+/// How much there is in a namespace besides segments.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Load {
+    /// Of all semaphore sets.
+    pub semaphores: u64,
+    /// Of all queues.
+    pub messages: u64,
+    /// What these say, in bytes.
+    pub bytes: u64,
+}
+
+impl Load {
+    /// That of the calling thread's namespace, without a look at any of it.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub fn of_this_thread() -> io::Result<Self> {
+        let mut load = Self::default();
+        for set in table("sem")? {
+            load.semaphores = load.semaphores.saturating_add(set.number(3)?);
+        }
+        for queue in table("msg")? {
+            load.bytes = load.bytes.saturating_add(queue.number(3)?);
+            load.messages = load.messages.saturating_add(queue.number(4)?);
+        }
+        Ok(load)
     }
 }
 

@@ -220,7 +220,21 @@ fn one_that_has_to_inherit_memory_is_started_with_it() {
     let ticks = take_away(&container);
     let waiting = Waiting::begin(&container);
     pass_fd::send(&waiting.words, MEMORY, Some(tempfile::tempfile().unwrap().as_fd())).unwrap();
-    waiting.goes_on(ticks);
+    // The one that waits cannot restore anything.
+    kill_process(waiting.criu, Signal::STOP).unwrap();
+    let (root, criu) = (waiting.root.clone(), waiting.criu);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let began = Instant::now();
+            while root.outcome(&container.id).unwrap().is_none() && began.elapsed() < WITHIN {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            let restored = root.outcome(&container.id).unwrap();
+            kill_process(criu, Signal::CONT).unwrap();
+            assert!(restored.is_some_and(|outcome| outcome.ok), "by another");
+        });
+        waiting.goes_on(ticks);
+    });
 }
 
 #[test]
