@@ -9,7 +9,7 @@
  *            sparse what it leaves is 32 bytes, the rest of the page is zeros
  *            byte   a page is filled as by random, but a write changes only 16 bytes of it
  * KIND:      private anonymous, each process its own; shared: anonymous, of all processes; memfd: the same, and its
- *            descriptor stays open
+ *            descriptor stays open; sysv: the same in a System V segment
  *
  * What a page holds is a function of its number and of how often it was written, and that count is kept apart. Which
  * page the N-th write of a process goes to is a function of N: `schedule.rs` computes the same, and both must be
@@ -32,6 +32,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/shm.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
@@ -39,7 +40,7 @@
 enum { PAGE = 4096, WORDS = PAGE / 8, MOST_PROCESSES = 256, CLIENTS = 64, LINE = 128, PORT = 6379, TURNS = 4 };
 enum pattern { HOT, SHIFT };
 enum fill { RANDOM, SPARSE, BYTE };
-enum kind { PRIVATE, SHARED, MEMFD };
+enum kind { PRIVATE, SHARED, MEMFD, SYSV };
 
 static enum pattern pattern;
 static enum fill fill;
@@ -165,6 +166,12 @@ static void make_shared(enum kind kind) {
 	size_t size = pages * processes * PAGE;
 	int fd = -1, flags = MAP_SHARED | MAP_ANONYMOUS;
 	if (kind == PRIVATE) return;
+	if (kind == SYSV) {
+		int segment = shmget(IPC_PRIVATE, size, IPC_CREAT | 0600);
+		shared = segment < 0 ? (void *)-1 : shmat(segment, NULL, 0);
+		if (shared == (void *)-1) die("shmat");
+		return;
+	}
 	if (kind == MEMFD) {
 		fd = memfd_create("writer", MFD_CLOEXEC);
 		if (fd < 0 || ftruncate(fd, (off_t)size)) die("memfd");
@@ -267,7 +274,7 @@ static void on_term(int signal) {
 
 int main(int argc, char **argv) {
 	static const char *const patterns[] = { "hot", "shift", NULL }, *const fills[] = { "random", "sparse", "byte", NULL };
-	static const char *const kinds[] = { "private", "shared", "memfd", NULL };
+	static const char *const kinds[] = { "private", "shared", "memfd", "sysv", NULL };
 	int is_good = argc == 7 || argc == 8;
 	uint64_t mebibytes = is_good ? strtoull(argv[1], NULL, 10) : 0, permille = is_good ? strtoull(argv[4], NULL, 10) : 0;
 	processes = is_good ? (uint32_t)atoi(argv[2]) : 0;
@@ -275,7 +282,7 @@ int main(int argc, char **argv) {
 	int kind = is_good ? choice(argv[6], kinds) : -1;
 	is_good = mebibytes && processes >= 1 && processes <= MOST_PROCESSES && permille >= 1 && permille <= 1000;
 	if (!is_good || chosen < 0 || filled < 0 || kind < 0) {
-		fprintf(stderr, "usage: writer MEBIBYTES PROCESSES hot|shift HOT random|sparse|byte private|shared|memfd [COUNT]\n");
+		fprintf(stderr, "usage: writer MEBIBYTES PROCESSES hot|shift HOT random|sparse|byte private|shared|memfd|sysv [COUNT]\n");
 		return 2;
 	}
 	pattern = (enum pattern)chosen;

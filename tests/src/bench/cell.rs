@@ -90,6 +90,8 @@ pub enum Kind {
     Shared,
     /// The same in a memfd whose descriptor stays open.
     Memfd,
+    /// The same in a System V segment.
+    SysV,
 }
 
 impl Kind {
@@ -100,6 +102,7 @@ impl Kind {
             Self::Private => "private",
             Self::Shared => "shared",
             Self::Memfd => "memfd",
+            Self::SysV => "sysv",
         }
     }
 }

@@ -130,6 +130,7 @@ pub fn full() -> Plan {
         // Memory that is carried before the freeze, of which one kind may be written to through a descriptor, too.
         cell("shared-1g", TEN_GIGABIT, shared(Kind::Shared), 90, &[(HAUL, 5), (Engine::Runc, 2)]),
         cell("memfd-1g", TEN_GIGABIT, shared(Kind::Memfd), 90, &[(HAUL, 3)]),
+        cell("sysv-1g", TEN_GIGABIT, shared(Kind::SysV), 90, &[(HAUL, 3), (Engine::Runc, 2)]),
         idle("slow-64", Link::Mbit(100), 64, 90, &[(HAUL, 3), (Engine::Runc, 3)]),
     ];
     Plan { name: "full", budget: Duration::from_secs(37 * 60), cells }
