@@ -225,6 +225,9 @@ impl Ledger {
         page.epoch = context.epoch;
         page.floor = page.floor.max(context.floor);
         page.used = Instant::now();
+        // Their owner has the answers, or does not wait for them.
+        let floor = page.floor;
+        page.steps.retain(|step, _| *step >= floor);
         // A handler that ended without a result (it panicked) has closed its channel: run it again.
         let known =
             page.steps.get(&context.step).filter(|known| known.borrow().is_some() || !is_closed(known));
@@ -298,6 +301,22 @@ mod tests {
             "a result outlives its handler"
         );
         assert_eq!(ledger.enter(&context(1, 2)).err().unwrap().code, code::STALE_EPOCH);
+    }
+
+    #[test]
+    fn what_nobody_waits_for_is_not_kept() {
+        let ledger = Ledger::default();
+        for step in 1..=100 {
+            let Ok(Entered::New { publish, .. }) =
+                ledger.enter(&Context { floor: Step(step.max(3) - 2), ..context(1, step) })
+            else {
+                panic!("not new")
+            };
+            publish.send_replace(Some(Bytes::from_static(b"x")));
+        }
+        assert_eq!(ledger.0.lock().unwrap().values().next().unwrap().steps.len(), 3);
+        assert!(matches!(ledger.enter(&context(1, 98)), Ok(Entered::Known(_))));
+        assert_eq!(ledger.enter(&context(1, 97)).err().unwrap().code, code::SUPERSEDED);
     }
 
     #[test]
