@@ -116,6 +116,32 @@ pub fn only_on(fleet: &Fleet, name: &str, host: usize) -> Result<()> {
     Ok(())
 }
 
+/// Has the host's own CRIU, in its mount namespace only, fail when it has made the processes of a restore
+/// (`FI_POST_RESTORE` of its `criu/include/fault-injection.h`). The one that restores is known by who started it: the
+/// gate, which is `haul-runtime`. For all else it is the real one.
+const BREAK: &str = r#"
+set -e
+real=$(readlink -f "$(command -v criu)")
+cp "$real" "$1/criu.real"
+cat > "$1/criu.broken" <<END
+#!/bin/sh
+case "\$(readlink /proc/\$PPID/exe)" in
+*/haul-runtime) export CRIU_FAULT=6 ;;
+esac
+exec "$1/criu.real" "\$@"
+END
+chmod 755 "$1/criu.broken"
+mount --bind "$1/criu.broken" "$real"
+"#;
+
+/// Has every restore on `host` fail after CRIU has made the processes; all else of CRIU's works.
+///
+/// # Errors
+/// When CRIU cannot be replaced there.
+pub fn break_restores_on(host: &Host) -> Result<()> {
+    finish(host.command(Path::new("sh")).args(["-c", BREAK, "break"]).arg(host.directory())).map(drop)
+}
+
 /// Fails unless nothing of any migration is left on a host: state, armed restores, mounts, CRIU processes.
 ///
 /// # Errors

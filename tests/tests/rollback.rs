@@ -3,29 +3,9 @@
 use anyhow::{Context, Result, ensure};
 use haulage_protocol::subject::EVENTS_FILTER;
 use haulage_tests::fleet::Fleet;
-use haulage_tests::process::finish;
-use haulage_tests::scenario::{Redis, nothing_left_on, only_on, system};
+use haulage_tests::scenario::{Redis, break_restores_on, nothing_left_on, only_on, system};
 use serde_json::Value;
-use std::path::Path;
 use std::time::Duration;
-
-/// Has the host's own CRIU, in its mount namespace only, fail when it has made the processes of a restore
-/// (`FI_POST_RESTORE` of its `criu/include/fault-injection.h`). The one that restores is known by who started it: the
-/// gate, which is `haul-runtime`. For all else it is the real one.
-const BREAK: &str = r#"
-set -e
-real=$(readlink -f "$(command -v criu)")
-cp "$real" "$1/criu.real"
-cat > "$1/criu.broken" <<END
-#!/bin/sh
-case "\$(readlink /proc/\$PPID/exe)" in
-*/haul-runtime) export CRIU_FAULT=6 ;;
-esac
-exec "$1/criu.real" "\$@"
-END
-chmod 755 "$1/criu.broken"
-mount --bind "$1/criu.broken" "$real"
-"#;
 
 #[test]
 fn a_failing_restore_leaves_the_source_as_it_was() -> Result<()> {
@@ -36,7 +16,7 @@ fn a_failing_restore_leaves_the_source_as_it_was() -> Result<()> {
         let policy = |inspected: Value| inspected.pointer("/HostConfig/RestartPolicy").cloned();
         let before = policy(source.inspect("web")?);
         ensure!(before.is_some(), "no restart policy to compare");
-        finish(target.command(Path::new("sh")).args(["-c", BREAK, "break"]).arg(target.directory()))?;
+        break_restores_on(target)?;
         let mut events = fleet.nats()?.subscribe(EVENTS_FILTER)?;
 
         let moved = fleet.migrate("web", 0, 1)?;

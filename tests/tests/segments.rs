@@ -4,11 +4,9 @@
 use anyhow::{Context, Result, ensure};
 use haulage_tests::cli::Moved;
 use haulage_tests::fleet::Fleet;
-use haulage_tests::process::finish;
-use haulage_tests::scenario::{nothing_left_on, only_on, run, system};
+use haulage_tests::scenario::{break_restores_on, nothing_left_on, only_on, run, system};
 use haulage_tests::{dirtier, image};
 use serde_json::Value;
-use std::path::Path;
 
 /// Memory of the segment, and how much of that is filled. What the program changes all the time is an eighth of it.
 const MEBIBYTES: u64 = 96;
@@ -79,31 +77,13 @@ fn what_we_cannot_carry_of_system_v_objects_leaves_all_of_them_to_criu() -> Resu
     })
 }
 
-/// Has the host's own CRIU, in its mount namespace only, fail when it has made the processes of a restore
-/// (`FI_POST_RESTORE` of its `criu/include/fault-injection.h`). The one that restores is known by who started it: the
-/// gate, which is `haul-runtime`. For all else it is the real one.
-const BREAK: &str = r#"
-set -e
-real=$(readlink -f "$(command -v criu)")
-cp "$real" "$1/criu.real"
-cat > "$1/criu.broken" <<END
-#!/bin/sh
-case "\$(readlink /proc/\$PPID/exe)" in
-*/haul-runtime) export CRIU_FAULT=6 ;;
-esac
-exec "$1/criu.real" "\$@"
-END
-chmod 755 "$1/criu.broken"
-mount --bind "$1/criu.broken" "$real"
-"#;
-
 #[test]
 fn a_restore_that_fails_leaves_all_system_v_objects_as_they_were() -> Result<()> {
     system(&Fleet::builder(), |fleet| {
         let kind = "whole";
         let before = start(fleet, kind)?;
         let (pid, target) = (fleet.host(0).init_pid(kind)?, fleet.host(1));
-        finish(target.command(Path::new("sh")).args(["-c", BREAK, "break"]).arg(target.directory()))?;
+        break_restores_on(target)?;
         let moved = fleet.migrate(kind, 0, 1)?;
         ensure!(moved.outcome == "rolled_back", "not rolled back: {}", moved.result);
         let last = number(&moved, "/facts/last_round/round/sent")? * 4096;

@@ -68,7 +68,5 @@ fn made(
     number: libc::c_long,
     arguments: &[u64],
 ) -> Result<u64, CallError> {
-    let returned =
-        window.call(number, arguments, None)?.ok_or_else(|| CallError::new(name, Errno::TIMEDOUT))?;
-    returned.map_err(|errno| CallError::new(name, errno))
+    window.made(name, number, arguments)?.map_err(|errno| CallError::new(name, errno))
 }

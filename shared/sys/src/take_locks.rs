@@ -272,7 +272,7 @@ fn take_in(window: &mut Window<'_>, pid: Pid, locks: &[RecordLock]) -> Result<()
     }
     let readable = (libc::PROT_READ | libc::PROT_WRITE) as u64;
     let anonymous = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
-    let page = made(window, "mmap", libc::SYS_mmap, &[0, PAGE_SIZE, readable, anonymous, u64::MAX, 0])?;
+    let page = window.made("mmap", libc::SYS_mmap, &[0, PAGE_SIZE, readable, anonymous, u64::MAX, 0])?;
     let page = page.map_err(|errno| CallError::new("mmap in the process", errno))?;
     let memory = File::options().write(true).open(format!("/proc/{pid}/mem"));
     let memory = memory.map_err(|error| CallError::from_io("open of a process's memory", &error))?;
@@ -280,21 +280,12 @@ fn take_in(window: &mut Window<'_>, pid: Pid, locks: &[RecordLock]) -> Result<()
         let written = memory.write_all_at(&lock.to_bytes(), page);
         written.map_err(|error| CallError::from_io("write to a process's memory", &error))?;
         let arguments = [lock.descriptor as u64, libc::F_SETLK as u64, page];
-        let taken = made(window, "fcntl", libc::SYS_fcntl, &arguments)?;
+        let taken = window.made("fcntl", libc::SYS_fcntl, &arguments)?;
         taken.map_err(|errno| TakeError::Refused { pid, lock: *lock, errno })?;
     }
-    let gone = made(window, "munmap", libc::SYS_munmap, &[page, PAGE_SIZE])?;
+    let gone = window.made("munmap", libc::SYS_munmap, &[page, PAGE_SIZE])?;
     gone.map_err(|errno| CallError::new("munmap in the process", errno))?;
     Ok(())
-}
-
-fn made(
-    window: &mut Window<'_>,
-    name: &'static str,
-    number: libc::c_long,
-    arguments: &[u64],
-) -> Result<Result<u64, Errno>, CallError> {
-    window.call(number, arguments, None)?.ok_or_else(|| CallError::new(name, Errno::TIMEDOUT))
 }
 
 fn stop_again(tracee: &Tracee) -> Result<(), CallError> {

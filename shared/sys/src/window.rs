@@ -33,6 +33,17 @@ impl<'a> Window<'a> {
         self.stopped_by
     }
 
+    /// Makes a call that is waited for, however long it is not begun; `name` is for the error then. What the call says is in
+    /// the inner result.
+    pub(crate) fn made(
+        &mut self,
+        name: &'static str,
+        number: libc::c_long,
+        arguments: &[u64],
+    ) -> Result<Result<u64, Errno>, CallError> {
+        self.call(number, arguments, None)?.ok_or_else(|| CallError::new(name, Errno::TIMEDOUT))
+    }
+
     /// Makes a system call with up to six arguments in the thread. Until the call is begun, not later, it can be given up.
     /// `None` when it was not begun by the deadline: a thread in a frozen version 2 group stops for us, and does not run.
     pub(crate) fn call(
