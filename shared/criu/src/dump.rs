@@ -232,8 +232,13 @@ impl Dump {
         let mut worker = match waiting.flatten() {
             Some(worker) => worker,
             None => {
-                let view = mask.as_ref().map(PagemapMask::view).transpose()?;
-                start_worker(criu, view.as_ref(), request.pid, (request.network, request.ipc), &request.work)?
+                let namespaces = (request.network, request.ipc);
+                match &mask {
+                    Some(mask) => {
+                        mask.start_worker(PagemapMask::view, request.pid, namespaces, &request.work)?
+                    }
+                    None => start_worker(criu, None, request.pid, namespaces, &request.work)?,
+                }
             }
         };
         let log = request.work.join(DUMP_LOG);

@@ -30,7 +30,7 @@ use crate::dump::{self, DumpError, Ipc, Network};
 use crate::image::PAGE_SIZE;
 use crate::shared::LeftOutMapping;
 use crate::smaps::{self, SmapsError};
-use crate::swrk::{Criu, Worker, WorkerView};
+use crate::swrk::{Criu, RpcError, Worker, WorkerView};
 
 /// A tmpfs that every Linux host has.
 pub const DEFAULT_PARENT: &str = "/dev/shm";
@@ -51,6 +51,8 @@ const TMPFS_MAGIC: i64 = 0x0102_1994;
 /// The directory and the name of CRIU's cache (`criu/kerndat.c`).
 const RUN_DIR: &str = "/run";
 const CACHE_NAME: &str = "criu.kdat";
+/// How often something must be missing before it is missing.
+const ATTEMPTS: u32 = 10;
 
 /// The mask could not be made. Nothing of it is left, and CRIU would see everything as it is.
 #[derive(Debug, thiserror::Error)]
@@ -179,10 +181,30 @@ impl PagemapMask {
         hides_descriptors: bool,
         work: &Path,
     ) -> Result<(), DumpError> {
-        let view = WorkerView { hides_descriptors, ..self.bare_view()? };
-        let worker = dump::start_worker(&self.criu, Some(&view), pid, namespaces, work)?;
+        let view = |mask: &Self| Ok(WorkerView { hides_descriptors, ..mask.bare_view()? });
+        let worker = self.start_worker(view, pid, namespaces, work)?;
         self.waiting = Some(Waiting { worker, namespaces, hides_descriptors });
         Ok(())
+    }
+
+    /// A CRIU behind what `view` says. The place that its cache covers can go in the very moment: any other CRIU removes
+    /// one that it finds stale before it makes its own, and where `/run` is on a disk it makes none at all.
+    pub(crate) fn start_worker(
+        &self,
+        view: impl Fn(&Self) -> Result<WorkerView, MaskError>,
+        pid: i32,
+        namespaces: (Network, Ipc),
+        work: &Path,
+    ) -> Result<Worker, DumpError> {
+        let start = || dump::start_worker(&self.criu, Some(&view(self)?), pid, namespaces, work);
+        for _ in 1..ATTEMPTS {
+            match start() {
+                Err(DumpError::Rpc(RpcError::Start { source, .. }))
+                    if source.kind() == ErrorKind::NotFound => {}
+                other => return other,
+            }
+        }
+        start()
     }
 
     /// The CRIU that waits, if it is of use for a dump with these namespaces: it sees everything that is covered.

@@ -17,6 +17,7 @@ mod program;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use container::{Container, Stored, poll};
@@ -89,6 +90,29 @@ fn a_criu_that_died_waiting_is_replaced_and_one_that_is_not_needed_ends() {
     let waiting = child();
     drop(mask);
     assert!(!exists(waiting));
+}
+
+/// As every CRIU does that finds it stale, or cannot keep it where it is.
+#[test]
+fn another_criu_may_remove_what_the_mask_covers() {
+    let container = Container::start("a10");
+    let called = AtomicBool::new(false);
+    let removed = std::thread::scope(|scope| {
+        let remover = scope.spawn(|| {
+            let mut removed = 0;
+            while removed < 5 && !called.load(Ordering::Acquire) {
+                removed += u32::from(std::fs::remove_file("/run/criu.kdat").is_ok());
+            }
+            removed
+        });
+        let mut mask = PagemapMask::prepare(&criu(), Path::new(DEFAULT_PARENT)).unwrap();
+        let namespaces = (Network::Empty, Ipc::Dumped);
+        let outcome = mask.call_criu(container.pid(), namespaces, false, &container.work());
+        called.store(true, Ordering::Release);
+        outcome.unwrap();
+        remover.join().unwrap()
+    });
+    assert!(removed > 0);
 }
 
 fn assemble(container: &Container, mut stored: Stored) -> Merged {
