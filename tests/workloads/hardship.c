@@ -16,6 +16,7 @@
  *   described    a memfd with an owner, a mode, seals, and descriptors in two processes that differ in everything
  *   file_locked  a file that is mapped, with ranges locked by two processes (F_SETLK), each of which has threads and looks at
  *                the locks of the other, as databases have it
+ *   stopped      a child that is stopped by a signal (SIGSTOP), has been waited for, and goes on when it is told to
  *   unmapped_locked  the same with a file that no process has mapped
  * and such as cannot be moved: userfaultfd, io_uring, traced, and a memfd that is passed: its descriptor is in a socket, and
  * nobody takes it out.
@@ -536,6 +537,32 @@ static void nothing(void) {}
 
 static void on_usr1(int signal) { (void)signal; asked++; }
 
+/* A child that stops itself after each number that it writes. */
+static volatile uint64_t *stops;
+static pid_t stopping;
+
+static void begin_stopped(void)
+{
+	int status;
+	stops = (volatile uint64_t *)map(PAGE, MAP_SHARED);
+	stopping = fork();
+	if (!stopping) for (;;) { ++*stops; raise(SIGSTOP); }
+	if (stopping < 0 || waitpid(stopping, &status, WUNTRACED) != stopping || !WIFSTOPPED(status)) die("stop");
+}
+
+static void check_stopped(void)
+{
+	char path[64], state = 0;
+	int status = 0;
+	uint64_t before = *stops;
+	snprintf(path, sizeof path, "/proc/%d/stat", stopping);
+	FILE *stat = fopen(path, "r");
+	if (!stat || fscanf(stat, "%*d (hardship) %c", &state) != 1 || state != 'T') bad++;
+	if (stat) fclose(stat);
+	if (kill(stopping, SIGCONT) || waitpid(stopping, &status, WUNTRACED) != stopping || !WIFSTOPPED(status)) bad++;
+	if (*stops != before + 1) bad++;
+}
+
 int main(int argc, char **argv) {
 	const char *kind = argc > 1 ? argv[1] : "";
 	void (*work)(void) = nothing, (*check)(void) = nothing;
@@ -560,6 +587,9 @@ int main(int argc, char **argv) {
 		pthread_attr_setstacksize(&small, 4 * PTHREAD_STACK_MIN);
 		for (uintptr_t t = 0; t < THREADS; t++) if (pthread_create(&thread, &small, beat, (void *)t)) die("thread");
 		check = check_crowd;
+	} else if (!strcmp(kind, "stopped")) {
+		begin_stopped();
+		check = check_stopped;
 	} else if (!strcmp(kind, "churn")) {
 		churned = map(PAGE, MAP_SHARED);
 		for (int n = 0; n < CHURNERS; n++) if (!fork()) churn(n);
@@ -605,7 +635,7 @@ int main(int argc, char **argv) {
 		if (!child) for (;;) pause();
 		if (child < 0 || ptrace(PTRACE_SEIZE, child, 0, 0)) die("ptrace");
 	} else {
-		fprintf(stderr, "usage: hardship sparse|crowd|guard|churn|direct|tmpfs|sealed|locked|owned|described|file_locked|unmapped_locked|record_locked|passed|userfaultfd|io_uring|traced\n");
+		fprintf(stderr, "usage: hardship sparse|crowd|stopped|guard|churn|direct|tmpfs|sealed|locked|owned|described|file_locked|unmapped_locked|record_locked|passed|userfaultfd|io_uring|traced\n");
 		return 2;
 	}
 	for (int answered = 0;;) {

@@ -84,7 +84,7 @@ fn prepare(
     let bundle = bundle(&spec.id, captured.state.pid)?;
     // It may have begun since it was inspected, and the dump would fail for it.
     let processes = process::list(&bundle.cgroup.procs_file).map_err(fault(FREEZE))?;
-    obstacle::refuse(&processes, &FREEZE)?;
+    obstacle::refuse(&processes, bundle.cgroup.version, &FREEZE)?;
     let volumes =
         spec.volumes().filter(|(_, volume)| !volume.anonymous).map(|(_, volume)| volume.name.clone());
     let dir = service.config.migration_dir(migration);
@@ -151,8 +151,11 @@ fn freeze_whole(session: &mut Session, spec: &ContainerSpec, silence: Silence) -
     let capture = silence.namespace.run(Capture::begin).and_then(|begun| begun);
     session.capture =
         capture.inspect_err(|error| tracing::warn!(%error, "arriving packets are not kept")).ok();
+    // It may have been stopped since.
+    let traceable = obstacle::refuse_stopped(&processes, session.bundle.cgroup.version);
     // Before its sockets are dumped: what the kernel acknowledged afterwards would be lost.
-    let silenced = quiet::hush(&silence.namespace, silence.change).map_err(fault(FREEZE));
+    let silenced =
+        traceable.and_then(|()| quiet::hush(&silence.namespace, silence.change).map_err(fault(FREEZE)));
     let ready = silenced.and_then(|()| {
         session.rings = settled(&processes)?;
         mapped_writable(&processes, spec)

@@ -66,7 +66,7 @@ fn describe(
     let processes =
         haulage_pages::process::list(&bundle.cgroup.procs_file).map_err(failure::fault(NOT_INSPECTABLE))?;
     limits_are_readable(&processes)?;
-    obstacle::refuse(&processes, &NOT_INSPECTABLE)?;
+    obstacle::refuse(&processes, bundle.cgroup.version, &NOT_INSPECTABLE)?;
     let memory = processes.iter().map(|process| resident(process.pid.as_raw_nonzero().get())).sum();
     let (roots, tmpfs) = (roots(captured)?, carried_tmpfs(&bundle));
     let host = HostFacts::gather(engine).map_err(failure::fault(NOT_INSPECTABLE))?;

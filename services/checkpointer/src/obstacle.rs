@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use haulage_engine::facts::CgroupVersion;
 use haulage_pages::obstacle::{self, Found, Obstacle};
 use haulage_pages::process::Process;
 use haulage_protocol::fault::{Fault, FaultCode};
@@ -10,22 +11,40 @@ const TRACED: FaultCode = FaultCode::known("traced");
 const USERFAULTFD: FaultCode = FaultCode::known("userfaultfd");
 const IO_URING: FaultCode = FaultCode::known("io_uring");
 const RDMA: FaultCode = FaultCode::known("rdma");
+const STOPPED: FaultCode = FaultCode::known("stopped");
 
 /// How long an obstacle must last: the page-shipper's own injection, for a plan or for this migration, looks like one
 /// for less than a millisecond.
 const LASTS: Duration = Duration::from_millis(50);
 const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(5);
 
-/// Refuses `processes` if one of them has an obstacle that lasts. Failures are told under `code`.
-pub(crate) fn refuse(processes: &[Process], code: &FaultCode) -> Result<(), Fault> {
+/// Refuses `processes`, to be frozen by that version, if one of them has an obstacle that lasts. Failures are told
+/// under `code`.
+pub(crate) fn refuse(processes: &[Process], freezer: CgroupVersion, code: &FaultCode) -> Result<(), Fault> {
     let began = Instant::now();
-    while let Some(found) = obstacle::first(processes).map_err(crate::failure::fault(code.clone()))? {
+    let first = || match stopped(processes, freezer) {
+        None => obstacle::first(processes).map_err(crate::failure::fault(code.clone())),
+        found => Ok(found),
+    };
+    while let Some(found) = first()? {
         if began.elapsed() >= LASTS {
             return Err(refusal(&found));
         }
         std::thread::sleep(LOOK_AGAIN_AFTER);
     }
     Ok(())
+}
+
+/// Refuses processes that are frozen if one was stopped just before.
+pub(crate) fn refuse_stopped(processes: &[Process], freezer: CgroupVersion) -> Result<(), Fault> {
+    stopped(processes, freezer).map_or(Ok(()), |found| Err(refusal(&found)))
+}
+
+fn stopped(processes: &[Process], freezer: CgroupVersion) -> Option<Found> {
+    match freezer {
+        CgroupVersion::V1 => obstacle::first_stopped(processes),
+        CgroupVersion::V2 => None,
+    }
 }
 
 fn refusal(found: &Found) -> Fault {
@@ -35,6 +54,9 @@ fn refusal(found: &Found) -> Fault {
             (USERFAULTFD, "stop the program that uses it, or run it without userfaultfd")
         }
         Obstacle::IoUring => (IO_URING, "configure the program not to use io_uring"),
+        Obstacle::Stopped => {
+            (STOPPED, "have it go on (kill -CONT), or move it from a host with cgroup version 2")
+        }
         Obstacle::Rdma => {
             (RDMA, "configure the program to use TCP, and create the container without the device")
         }
@@ -51,16 +73,17 @@ mod tests {
     #[test]
     fn a_process_with_a_userfaultfd_is_refused_until_it_is_closed() {
         let us = haulage_pages::process::describe(rustix::process::getpid()).unwrap().unwrap();
-        refuse(&[us], &crate::failure::FREEZE).unwrap();
+        let refuse = || refuse(&[us], CgroupVersion::V1, &crate::failure::FREEZE);
+        refuse().unwrap();
         let held = WriteTracker::of_self().unwrap();
-        let fault = refuse(&[us], &crate::failure::FREEZE).unwrap_err();
+        let fault = refuse().unwrap_err();
         assert!(fault.code.as_str() == "userfaultfd" && fault.remedy.is_some(), "{fault:?}");
         // Gone before it has lasted.
         let soon = std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(5));
             drop(held);
         });
-        refuse(&[us], &crate::failure::FREEZE).unwrap();
+        refuse().unwrap();
         soon.join().unwrap();
     }
 }

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::fs;
 
+use haulage_sys::Pid;
+
 use crate::maps::{Maps, MapsError};
 use crate::process::Process;
 
@@ -22,6 +24,8 @@ pub enum Obstacle {
     IoUring,
     /// It has opened or mapped an RDMA device, which writes to its memory unseen.
     Rdma,
+    /// A signal has stopped it (SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU): see [`first_stopped`].
+    Stopped,
 }
 
 impl fmt::Display for Obstacle {
@@ -31,6 +35,7 @@ impl fmt::Display for Obstacle {
             Self::Userfaultfd => f.write_str("uses userfaultfd"),
             Self::IoUring => f.write_str("uses io_uring"),
             Self::Rdma => f.write_str("uses an RDMA device"),
+            Self::Stopped => f.write_str("is stopped by a signal"),
         }
     }
 }
@@ -51,6 +56,12 @@ pub struct Found {
     pub obstacle: Obstacle,
 }
 
+impl Found {
+    fn new(process: Process, obstacle: Obstacle) -> Self {
+        Self { process, name: name_of(&process.pid.to_string()), obstacle }
+    }
+}
+
 /// The first obstacle among `processes`, which run on: what they do afterwards is not known. Processes that end
 /// meanwhile have none.
 ///
@@ -62,11 +73,26 @@ pub struct Found {
 pub fn first(processes: &[Process]) -> Result<Option<Found>, MapsError> {
     for process in processes {
         if let Some(obstacle) = of(*process)? {
-            let name = name_of(&process.pid.to_string());
-            return Ok(Some(Found { process: *process, name, obstacle }));
+            return Ok(Some(Found::new(*process, obstacle)));
         }
     }
     Ok(None)
+}
+
+/// The first process that a signal has stopped, frozen or not. It is an obstacle where the freezer of cgroup version 1
+/// freezes it: whoever traces it then waits for a thaw (`ptrace_attach` of Linux 6.1 and later wakes it from its stop,
+/// which the freezer keeps from it), and CRIU traces before it thaws. With version 2 it is none.
+pub fn first_stopped(processes: &[Process]) -> Option<Found> {
+    let stopped = processes.iter().find(|process| is_stopped(process.pid));
+    stopped.map(|process| Found::new(*process, Obstacle::Stopped))
+}
+
+/// A frozen one is in state D, and waits in the same place.
+fn is_stopped(pid: Pid) -> bool {
+    let read = |name| fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
+    let in_state_t =
+        || read("stat").rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('T'));
+    read("wchan") == "do_signal_stop" || in_state_t()
 }
 
 fn of(process: Process) -> Result<Option<Obstacle>, MapsError> {

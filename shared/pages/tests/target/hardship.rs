@@ -19,6 +19,13 @@ fn processes(target: &Target) -> Vec<Process> {
     process::list(&target.cgroup_procs()).unwrap()
 }
 
+fn until(come: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !come() {
+        assert!(Instant::now() < deadline, "what was waited for did not come");
+    }
+}
+
 #[test]
 fn processes_that_fork_exec_map_and_exit_all_the_time() {
     for rounds in [1, 12] {
@@ -134,10 +141,7 @@ fn a_traced_process_is_told_and_not_touched() {
     assert!(matches!(one.untracked(), Some(Untracked::Injection { .. })), "{one:?}");
     moving.tell("write 0 10 10");
     rustix::process::kill_process(child, rustix::process::Signal::KILL).unwrap();
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while obstacle::first(&processes(&moving.target)).unwrap().is_some() {
-        assert!(Instant::now() < deadline, "it is still traced");
-    }
+    until(|| obstacle::first(&processes(&moving.target)).unwrap().is_none());
     let report = moving.round();
     assert!(report.processes.iter().any(|one| one.untracked().is_none()), "{report:?}");
     moving.finish();
@@ -154,6 +158,27 @@ fn what_cannot_be_dumped_is_noticed() {
     let mut target = Target::start();
     target.tell("io_uring");
     assert_eq!(found(&target), Some(Obstacle::IoUring));
+}
+
+/// While it is frozen it is told from those that wait for the kernel.
+#[test]
+fn a_stopped_process_is_noticed_frozen_or_not() {
+    let mut target = Target::start();
+    target.tell("map 0 50");
+    let stopped = || obstacle::first_stopped(&processes(&target)).map(|found| found.obstacle);
+    let frozen = || {
+        target.freeze();
+        let found = stopped();
+        target.freezer().thaw().unwrap();
+        found
+    };
+    assert_eq!((stopped(), frozen()), (None, None));
+    rustix::process::kill_process(target.pid(), rustix::process::Signal::STOP).unwrap();
+    until(|| stopped().is_some());
+    assert_eq!((stopped(), frozen()), (Some(Obstacle::Stopped), Some(Obstacle::Stopped)));
+    rustix::process::kill_process(target.pid(), rustix::process::Signal::CONT).unwrap();
+    until(|| stopped().is_none());
+    assert_eq!(frozen(), None);
 }
 
 /// A device writes to the pages all the time, and nobody else does.
