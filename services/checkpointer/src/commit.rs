@@ -35,7 +35,7 @@ pub(crate) async fn commit(
     if notes.container != ask.container {
         return Err(Fault::new(code::MALFORMED, "the migration was of another container"));
     }
-    let session = service.take(&migration);
+    let session = service.sessions.take(&migration);
     let ended = notes.clone();
     joined(tokio::task::spawn_blocking(move || end(session, &ended)).await)?;
     remove(&service, notes.container.as_str()).await?;

@@ -11,7 +11,7 @@ use haulage_engine::{Captured, ContainerSpec, Engine, RestartPolicy, capture};
 use haulage_pages::in_flight::Rings;
 use haulage_pages::maps::Maps;
 use haulage_pages::process::{self, Process};
-use haulage_protocol::checkpointer::{Freeze, Frozen, MappedFile};
+use haulage_protocol::checkpointer::{Freeze, FreezePrepared, Frozen, MappedFile, Network, PrepareFreeze};
 use haulage_protocol::fault::Fault;
 use haulage_protocol::id::MigrationId;
 use haulage_protocol::unit::Micros;
@@ -36,30 +36,72 @@ pub(crate) const FREEZE_WITHIN: Duration = Duration::from_secs(5);
 const EXECS_END_WITHIN: Duration = Duration::from_secs(5);
 const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(20);
 
+/// All that a freeze needs. Dropping it undoes what is not in the notes.
+pub(crate) struct Prepared {
+    session: Session,
+    silence: Silence,
+    spec: ContainerSpec,
+    network: Network,
+}
+
+/// Leaves nothing to [`freeze`] but the freeze, and what may have changed by then.
+pub(crate) async fn prepare_freeze(
+    service: Arc<Checkpointer>,
+    migration: MigrationId,
+    ask: PrepareFreeze,
+) -> Result<FreezePrepared, Fault> {
+    let inspected = ask.freeze.spec.clone();
+    let mut prepared = prepared(&service, &migration, ask.freeze).await?;
+    prepared.session.inspected = inspected;
+    service.prepared.put(&migration, prepared);
+    Ok(FreezePrepared {})
+}
+
+async fn prepared(
+    service: &Arc<Checkpointer>,
+    migration: &MigrationId,
+    ask: Freeze,
+) -> Result<Prepared, Fault> {
+    let captured = capture(&service.docker, ask.container.as_str()).await.map_err(|e| failure::gather(&e))?;
+    if let Some(inspected) = &ask.spec {
+        let begun = Notes::load(&service.config.migration_dir(migration)).await?.is_some();
+        drift::refuse(inspected, &captured.spec, begun)?;
+    }
+    let (service, migration) = (service.clone(), migration.clone());
+    joined(tokio::task::spawn_blocking(move || prepare(&service, &migration, ask, captured)).await)
+}
+
+/// What was prepared, if it is of this network. Its processes may have begun what no dump can carry.
+async fn still_prepared(prepared: Prepared) -> Result<Prepared, Fault> {
+    let look = move || {
+        let Notes { procs, .. } = &prepared.session.notes;
+        let processes = process::list(procs).map_err(fault(FREEZE))?;
+        obstacle::refuse(&processes, prepared.session.bundle.cgroup.version, &FREEZE)?;
+        Ok(prepared)
+    };
+    joined(tokio::task::spawn_blocking(look).await)
+}
+
 pub(crate) async fn freeze(
     service: Arc<Checkpointer>,
     migration: MigrationId,
     ask: Freeze,
 ) -> Result<Frozen, Fault> {
-    let captured = capture(&service.docker, ask.container.as_str()).await.map_err(|e| failure::gather(&e))?;
-    if let Some(inspected) = &ask.spec {
-        let begun = Notes::load(&service.config.migration_dir(&migration)).await?.is_some();
-        drift::refuse(inspected, &captured.spec, begun)?;
-    }
-    let (mut prepared, silence) = {
-        let (service, migration, captured) = (service.clone(), migration.clone(), captured.clone());
-        joined(tokio::task::spawn_blocking(move || prepare(&service, &migration, ask, &captured)).await)?
+    let prepared = match service.prepared.take(&migration).filter(|prepared| prepared.network == ask.network)
+    {
+        Some(before) => still_prepared(before).await?,
+        None => prepared(&service, &migration, ask).await?,
     };
+    let Prepared { mut session, silence, spec, .. } = prepared;
     // Its processes will be killed from outside, which Docker must not take for a crash.
-    if !captured.spec.restart_policy().is_never() {
-        let id = &captured.spec.id;
-        let set = service.docker.set_restart_policy(id, &RestartPolicy::never()).await;
+    if !spec.restart_policy().is_never() {
+        let set = service.docker.set_restart_policy(&spec.id, &RestartPolicy::never()).await;
         set.map_err(|error| failure::engine(&error))?;
     }
     let (worker, at) = (service.clone(), migration.clone());
     let frozen = tokio::task::spawn_blocking(move || {
-        let frozen = freeze_whole(&mut prepared, &captured.spec, silence)?;
-        worker.put(&at, prepared);
+        let frozen = freeze_whole(&mut session, &spec, silence)?;
+        worker.sessions.put(&at, session);
         Ok(frozen)
     });
     let frozen = joined(frozen.await);
@@ -78,9 +120,9 @@ fn prepare(
     service: &Checkpointer,
     migration: &MigrationId,
     ask: Freeze,
-    captured: &Captured,
-) -> Result<(Session, Silence), Fault> {
-    let spec = &captured.spec;
+    captured: Captured,
+) -> Result<Prepared, Fault> {
+    let spec = captured.spec;
     let bundle = bundle(&spec.id, captured.state.pid)?;
     // It may have begun since it was inspected, and the dump would fail for it.
     let processes = process::list(&bundle.cgroup.procs_file).map_err(fault(FREEZE))?;
@@ -117,8 +159,9 @@ fn prepare(
     mask.call_criu(bundle.init_pid, (network, ipc), memfds, &work).map_err(fault(FREEZE))?;
     let change = quiet::Change::to_silence(&namespace).map_err(fault(FREEZE))?;
     let state = State::Frozen(mask);
-    let session = Session { notes, bundle, rings: Rings::default(), capture: None, expedited: None, state };
-    Ok((session, Silence { namespace, change }))
+    let (rings, silence) = (Rings::default(), Silence { namespace, change });
+    let session = Session { notes, bundle, rings, inspected: None, capture: None, expedited: None, state };
+    Ok(Prepared { session, silence, spec, network: ask.network })
 }
 
 /// The container's network, about to be silenced.

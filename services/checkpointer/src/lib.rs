@@ -4,6 +4,7 @@
 //! ```text
 //!            Freeze              Dump                    Commit
 //! (running) --------> frozen ----------> held by CRIU ----------> removed
+//!  PrepareFreeze leaves it running, with all at hand that a freeze needs
 //!     ^                 |                     |
 //!     +---- RollBack ---+------- RollBack ----+
 //! ```
@@ -35,12 +36,13 @@ use haulage_criu::mask::{DEFAULT_PARENT, PagemapMask};
 use haulage_criu::swrk::Criu;
 use haulage_engine::Docker;
 use haulage_protocol::checkpointer::{
-    Commit, Confirm, Dump, Freeze, Inspect, Locate, RollBack, Throttle, Unthrottle,
+    Commit, Confirm, Dump, Freeze, Inspect, Locate, PrepareFreeze, RollBack, Throttle, Unthrottle,
 };
 use haulage_protocol::id::MigrationId;
 use haulage_service::Shell;
 use haulage_service::config::HostConfig;
 
+use crate::freeze::Prepared;
 use crate::hold::Session;
 
 /// What every verb works with.
@@ -48,16 +50,26 @@ pub(crate) struct Checkpointer {
     config: HostConfig,
     docker: Docker,
     criu: Criu,
-    sessions: Mutex<HashMap<MigrationId, Session>>,
+    prepared: Kept<Prepared>,
+    sessions: Kept<Session>,
 }
 
-impl Checkpointer {
-    fn put(&self, migration: &MigrationId, session: Session) {
-        self.sessions.lock().unwrap_or_else(PoisonError::into_inner).insert(migration.clone(), session);
+/// What is at hand of each migration.
+struct Kept<T>(Mutex<HashMap<MigrationId, T>>);
+
+impl<T> Default for Kept<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<T> Kept<T> {
+    fn put(&self, migration: &MigrationId, one: T) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(migration.clone(), one);
     }
 
-    fn take(&self, migration: &MigrationId) -> Option<Session> {
-        self.sessions.lock().unwrap_or_else(PoisonError::into_inner).remove(migration)
+    fn take(&self, migration: &MigrationId) -> Option<T> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(migration)
     }
 }
 
@@ -80,8 +92,13 @@ pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>
             tracing::warn!(%error, "criu does not work behind a mask, so no container can be frozen");
         }
     });
-    let service =
-        Arc::new(Checkpointer { config: shell.config.clone(), docker, criu, sessions: Mutex::default() });
+    let service = Arc::new(Checkpointer {
+        config: shell.config.clone(),
+        docker,
+        criu,
+        prepared: Kept::default(),
+        sessions: Kept::default(),
+    });
     let s = service.clone();
     tokio::task::spawn_blocking(move || throttle::end_all(&s.config)).await?;
     if let Err(error) = haulage_sys::rcu::turn_off_unused() {
@@ -97,6 +114,10 @@ pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>
     let s = service.clone();
     server
         .answer::<Unthrottle, _, _>(move |at, ask| throttle::unthrottle(s.clone(), at.migration, ask))
+        .await?;
+    let s = service.clone();
+    server
+        .answer::<PrepareFreeze, _, _>(move |at, ask| freeze::prepare_freeze(s.clone(), at.migration, ask))
         .await?;
     let s = service.clone();
     server.answer::<Freeze, _, _>(move |at, ask| freeze::freeze(s.clone(), at.migration, ask)).await?;

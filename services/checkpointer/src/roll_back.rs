@@ -43,9 +43,13 @@ pub(crate) async fn undo(service: &Arc<Checkpointer>, migration: &MigrationId) -
     let Some(notes) = Notes::load(&dir).await? else {
         return Ok(RolledBack { thawed_at: None });
     };
-    let session = service.take(migration);
+    let (prepared, session) = (service.prepared.take(migration), service.sessions.take(migration));
     let released = notes.clone();
-    let thawed_at = joined(tokio::task::spawn_blocking(move || release(session, &released)).await)?;
+    let release = move || {
+        drop(prepared);
+        release(session, &released)
+    };
+    let thawed_at = joined(tokio::task::spawn_blocking(release).await)?;
     if !notes.restart_policy.is_never() {
         let set = service.docker.set_restart_policy(notes.container.as_str(), &notes.restart_policy).await;
         match set {

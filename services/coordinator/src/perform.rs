@@ -6,8 +6,8 @@ use futures_util::future::join_all;
 use haulage_migration::pace::Pacing;
 use haulage_migration::{Effect, Migration, Phase, Success, allowance, forecast};
 use haulage_protocol::checkpointer::{
-    Commit, Confirm, Dump, Freeze, Inspect, Inspected, Locate, Located, Network, RollBack, SourceRoot,
-    SourceTmpfs, Throttle, Unthrottle,
+    Commit, Confirm, Dump, Freeze, Inspect, Inspected, Locate, Located, Network, PrepareFreeze, RollBack,
+    SourceRoot, SourceTmpfs, Throttle, Unthrottle,
 };
 use haulage_protocol::fault::{Fault, code};
 use haulage_protocol::id::{ContainerId, HostId, Round, Step};
@@ -116,13 +116,10 @@ pub(crate) async fn perform(
         Effect::Unthrottle => {
             ask.source(Unthrottle { container: ask.container()?.clone() }).await.map(|_| Success::Unit)
         }
-        Effect::Freeze => {
-            let spec = Some(ask.inspected()?.spec.clone());
-            let network = network(record);
-            ask.source(Freeze { container: ask.container()?.clone(), spec, network })
-                .await
-                .map(Success::Frozen)
+        Effect::PrepareFreeze => {
+            ask.source(PrepareFreeze { freeze: ask.freeze()? }).await.map(|_| Success::Unit)
         }
+        Effect::Freeze => ask.source(ask.freeze()?).await.map(Success::Frozen),
         Effect::Prepare => {
             let container = ask.created()?.container.clone();
             let (store, descriptors) = (ask.pages()?.store.clone(), ask.inspected()?.descriptors.clone());
@@ -205,6 +202,11 @@ impl Ask<'_> {
             pause,
             interval,
         }
+    }
+
+    fn freeze(&self) -> Result<Freeze, Fault> {
+        let Inspected { container, spec, .. } = self.inspected()?;
+        Ok(Freeze { container: container.clone(), spec: Some(spec.clone()), network: network(self.record) })
     }
 
     fn inspected(&self) -> Result<&Inspected, Fault> {

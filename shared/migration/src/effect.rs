@@ -44,6 +44,8 @@ pub enum Effect {
     Throttle(u8),
     /// Target: everything of a start that needs no state.
     Prepare,
+    /// Source: everything of a freeze that needs no standstill.
+    PrepareFreeze,
     /// Source: a further pass over what lies in memory, which may be written faster than files on disk.
     SyncTmpfs,
     /// Source: freeze.
@@ -119,7 +121,7 @@ impl Effect {
             }
             Self::StartTracking | Self::RunRound(_) | Self::FinalRound => Some(Self::CloseSourcePages),
             Self::Throttle(_) => Some(Self::Unthrottle),
-            Self::Freeze | Self::Dump => Some(Self::RollBackSource),
+            Self::PrepareFreeze | Self::Freeze | Self::Dump => Some(Self::RollBackSource),
             // An image in the bucket or on the target is content by digest: it harms nobody and serves again.
             Self::PushImage | Self::PullImage => None,
             Self::Locate
@@ -177,6 +179,7 @@ impl fmt::Display for Effect {
             Self::Unthrottle => "end of throttling",
             Self::Prepare => "prepare target",
             Self::SyncTmpfs => "sync tmpfs",
+            Self::PrepareFreeze => "prepare freeze",
             Self::Freeze => "freeze",
             Self::TakePackets => "take packets",
             Self::Dump => "dump",

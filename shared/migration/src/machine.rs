@@ -225,6 +225,7 @@ impl Migration {
             }
             (
                 Effect::AcquireLease
+                | Effect::PrepareFreeze
                 | Effect::TakePackets
                 | Effect::ConfirmHold
                 | Effect::ConfirmLease
@@ -303,6 +304,8 @@ impl Migration {
                 let (options, fixed) = (&self.job.options, self.fixed().cost);
                 self.decided(decide(rounds, slowdowns, options, fixed, self.pre_copied(now)), Phase::Prepare)
             }
+            // It has to know what network the target has made.
+            Phase::Prepare if !self.attempted.contains(&Effect::PrepareFreeze) => Stay(Effect::PrepareFreeze),
             // What is written meanwhile follows too.
             Phase::Prepare if self.is_post_copy() => Enter(Phase::Freeze),
             Phase::Prepare => Enter(Phase::Settle),

@@ -252,6 +252,7 @@ fn place(effect: Effect) -> (Group, &'static str) {
         Effect::Inspect
         | Effect::Throttle(_)
         | Effect::Unthrottle
+        | Effect::PrepareFreeze
         | Effect::Freeze
         | Effect::Dump
         | Effect::ConfirmHold

@@ -85,6 +85,7 @@ impl World {
             Effect::SyncFiles => drop(self.open.insert("source files")),
             Effect::SyncTmpfs => assert_ne!(self.source, Source::Frozen, "a live pass of what stands still"),
             Effect::StartTracking => drop(self.open.insert("source pages")),
+            Effect::PrepareFreeze => assert_eq!(self.source, Source::Running, "{effect}"),
             Effect::Freeze if self.source == Source::Running => self.source = Source::Frozen,
             Effect::Throttle(_) => self.throttled = true,
             Effect::Unthrottle => self.throttled = false,

@@ -141,13 +141,26 @@ pub struct Unthrottle {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unthrottled {}
 
+/// Everything of a [`Freeze`] that needs no standstill, while the container runs on: it then has less to write before it
+/// stands still. [`RollBack`] takes it back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PrepareFreeze {
+    /// What will be asked.
+    pub freeze: Freeze,
+}
+
+/// The answer to [`PrepareFreeze`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FreezePrepared {}
+
 /// Freezes the container's cgroup. Afterwards every task of it stands still; on a fault it runs as before.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Freeze {
     /// The container.
     pub container: ContainerId,
-    /// What it was ([`Inspected::spec`]). It is refused, untouched, when it is something else by now, such as after
-    /// `docker update` or `docker network connect`: the target was made from this.
+    /// What it was ([`Inspected::spec`]). It is refused when it is something else by now, such as after `docker update`
+    /// or `docker network connect`: the target was made from this. After a [`PrepareFreeze`], which looks too, it is
+    /// looked at again beside the [`Dump`].
     #[serde(default)]
     pub spec: Option<Value>,
     /// That of the [`Dump`] which follows, for which CRIU is started before the freeze.
@@ -252,6 +265,7 @@ rpc!(Locate, Checkpointer, "locate", Located);
 rpc!(Inspect, Checkpointer, "inspect", Inspected);
 rpc!(Throttle, Checkpointer, "throttle", Throttled);
 rpc!(Unthrottle, Checkpointer, "unthrottle", Unthrottled);
+rpc!(PrepareFreeze, Checkpointer, "prepare-freeze", FreezePrepared);
 rpc!(Freeze, Checkpointer, "freeze", Frozen);
 rpc!(Dump, Checkpointer, "dump", Dumped);
 rpc!(Confirm, Checkpointer, "confirm", Confirmed);
