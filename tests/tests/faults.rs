@@ -6,8 +6,8 @@ use haulage_protocol::rpc::Service;
 use haulage_protocol::subject::EVENTS_FILTER;
 use haulage_tests::fleet::Fleet;
 use haulage_tests::resp::Client;
-use haulage_tests::scenario::{Redis, nothing_left_on, only_on, system};
-use haulage_tests::wait;
+use haulage_tests::scenario::{Redis, nothing_left_on, only_on, run, system};
+use haulage_tests::{dirtier, image, wait};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::Value;
 use std::fs::File;
@@ -27,7 +27,7 @@ const CUT_OFF: Duration = Duration::from_secs(120);
 #[test]
 fn a_service_that_dies_and_comes_back_costs_at_most_the_migration() -> Result<()> {
     // (is it the source's, which, when). The dead are back at once, with nothing in their memory.
-    const DEATHS: [(bool, Service, &str); 13] = [
+    const DEATHS: [(bool, Service, &str); 14] = [
         (false, Service::Restorer, "create"),
         (true, Service::Syncer, "files"),
         (false, Service::Syncer, "pre_copy"),
@@ -35,6 +35,7 @@ fn a_service_that_dies_and_comes_back_costs_at_most_the_migration() -> Result<()
         (false, Service::Restorer, "prepare"),
         (false, Service::Restorer, "freeze"),
         (false, Service::PageShipper, "switch"),
+        (true, Service::Checkpointer, "settle"),
         (true, Service::Checkpointer, "freeze"),
         (true, Service::Checkpointer, "switch"),
         (true, Service::Checkpointer, "restore"),
@@ -273,6 +274,38 @@ fn a_cancelled_migration_is_rolled_back() -> Result<()> {
         only_on(fleet, "web", 0)?;
         fleet.hosts().iter().try_for_each(nothing_left_on)?;
         redis.finish().map(drop)
+    })
+}
+
+/// What a freeze needs is at hand by then, and the container is untouched. A cancellation that comes too late changes
+/// nothing.
+#[test]
+fn a_migration_that_is_cancelled_just_before_the_freeze_leaves_nothing() -> Result<()> {
+    system(&Fleet::builder(), |fleet| {
+        let mut at = 0;
+        run(fleet, at, "memory", 0, &["--restart", "unless-stopped", image::DIRTIER, "dirtier", "64", "20"])?;
+        for _ in 0..3 {
+            let to = 1 - at;
+            let mut events = fleet.nats()?.subscribe(EVENTS_FILTER)?;
+            let migration = fleet.start_migration("memory", at, to)?;
+            let first = events.next(PATIENCE)?;
+            let id =
+                first.get("migration").and_then(Value::as_str).context("an event without its migration")?;
+            events.wait_for_phase("settle", PATIENCE)?;
+            let cancelled = fleet.haul(&["cancel", id])?.code == 0;
+            let moved = migration.wait(DISTURBED)?;
+            println!("cancelled: {cancelled}, {} {}", moved.outcome, moved.code);
+            match moved.outcome.as_str() {
+                "committed" if !cancelled => at = to,
+                "rolled_back" if cancelled => ensure!(moved.code == "cancelled", "{}", moved.result),
+                _ => bail!("cancelled: {cancelled}: {}", moved.result),
+            }
+            only_on(fleet, "memory", at)?;
+            let verdict = dirtier::verify(fleet.host(at), "memory")?;
+            ensure!(verdict.bad == 0, "{verdict:?}");
+            fleet.hosts().iter().try_for_each(nothing_left_on)?;
+        }
+        Ok(())
     })
 }
 

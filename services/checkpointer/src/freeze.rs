@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use haulage_criu::mask::{DEFAULT_PARENT, PagemapMask};
 use haulage_criu::quiet;
-use haulage_engine::{Captured, ContainerSpec, Engine, RestartPolicy, capture};
+use haulage_engine::{BundleFacts, Captured, ContainerSpec, Engine, RestartPolicy, capture};
 use haulage_pages::in_flight::Rings;
 use haulage_pages::maps::Maps;
 use haulage_pages::process::{self, Process};
@@ -36,50 +36,32 @@ pub(crate) const FREEZE_WITHIN: Duration = Duration::from_secs(5);
 const EXECS_END_WITHIN: Duration = Duration::from_secs(5);
 const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(20);
 
-/// All that a freeze needs. Dropping it undoes what is not in the notes.
+/// What a freeze needs beforehand and what changes nothing: CRIU waits, and so does what will silence the network. Dropping
+/// it ends them.
 pub(crate) struct Prepared {
-    session: Session,
-    silence: Silence,
-    spec: ContainerSpec,
+    bundle: BundleFacts,
     network: Network,
+    mask: PagemapMask,
+    silence: Silence,
 }
 
-/// Leaves nothing to [`freeze`] but the freeze, and what may have changed by then.
+/// Leaves less to [`freeze`], and only as long as the container is what it is now. Nothing is changed, so nothing is noted;
+/// directories are made, which any roll-back removes.
 pub(crate) async fn prepare_freeze(
     service: Arc<Checkpointer>,
     migration: MigrationId,
     ask: PrepareFreeze,
 ) -> Result<FreezePrepared, Fault> {
-    let inspected = ask.freeze.spec.clone();
-    let mut prepared = prepared(&service, &migration, ask.freeze).await?;
-    prepared.session.inspected = inspected;
-    service.prepared.put(&migration, prepared);
-    Ok(FreezePrepared {})
-}
-
-async fn prepared(
-    service: &Arc<Checkpointer>,
-    migration: &MigrationId,
-    ask: Freeze,
-) -> Result<Prepared, Fault> {
-    let captured = capture(&service.docker, ask.container.as_str()).await.map_err(|e| failure::gather(&e))?;
-    if let Some(inspected) = &ask.spec {
-        let begun = Notes::load(&service.config.migration_dir(migration)).await?.is_some();
-        drift::refuse(inspected, &captured.spec, begun)?;
-    }
-    let (service, migration) = (service.clone(), migration.clone());
-    joined(tokio::task::spawn_blocking(move || prepare(&service, &migration, ask, captured)).await)
-}
-
-/// What was prepared, if it is of this network. Its processes may have begun what no dump can carry.
-async fn still_prepared(prepared: Prepared) -> Result<Prepared, Fault> {
-    let look = move || {
-        let Notes { procs, .. } = &prepared.session.notes;
-        let processes = process::list(procs).map_err(fault(FREEZE))?;
-        obstacle::refuse(&processes, prepared.session.bundle.cgroup.version, &FREEZE)?;
-        Ok(prepared)
+    let ask = ask.freeze;
+    let captured = unchanged(&service, &migration, &ask).await?;
+    let prepare = move || {
+        let (bundle, processes) = movable(&captured)?;
+        let prepared = prepare(&service, &migration, bundle, &processes, ask.network)?;
+        // Whatever was there before ends here, at leisure.
+        drop(service.prepared.put(&migration, prepared));
+        Ok(FreezePrepared {})
     };
-    joined(tokio::task::spawn_blocking(look).await)
+    joined(tokio::task::spawn_blocking(prepare).await)
 }
 
 pub(crate) async fn freeze(
@@ -87,21 +69,21 @@ pub(crate) async fn freeze(
     migration: MigrationId,
     ask: Freeze,
 ) -> Result<Frozen, Fault> {
-    let prepared = match service.prepared.take(&migration).filter(|prepared| prepared.network == ask.network)
-    {
-        Some(before) => still_prepared(before).await?,
-        None => prepared(&service, &migration, ask).await?,
+    let captured = unchanged(&service, &migration, &ask).await?;
+    let (mut session, silence) = {
+        let (service, migration, captured) = (service.clone(), migration.clone(), captured.clone());
+        joined(tokio::task::spawn_blocking(move || begin(&service, &migration, ask, &captured)).await)?
     };
-    let Prepared { mut session, silence, spec, .. } = prepared;
     // Its processes will be killed from outside, which Docker must not take for a crash.
-    if !spec.restart_policy().is_never() {
-        let set = service.docker.set_restart_policy(&spec.id, &RestartPolicy::never()).await;
+    if !captured.spec.restart_policy().is_never() {
+        let id = &captured.spec.id;
+        let set = service.docker.set_restart_policy(id, &RestartPolicy::never()).await;
         set.map_err(|error| failure::engine(&error))?;
     }
     let (worker, at) = (service.clone(), migration.clone());
     let frozen = tokio::task::spawn_blocking(move || {
-        let frozen = freeze_whole(&mut session, &spec, silence)?;
-        worker.sessions.put(&at, session);
+        let frozen = freeze_whole(&mut session, &captured.spec, silence)?;
+        drop(worker.sessions.put(&at, session));
         Ok(frozen)
     });
     let frozen = joined(frozen.await);
@@ -115,26 +97,68 @@ pub(crate) async fn freeze(
     frozen
 }
 
-/// Everything that needs no standstill: notes, and CRIU's view of the world.
+/// The container, if it is still what the target was made from.
+async fn unchanged(service: &Checkpointer, migration: &MigrationId, ask: &Freeze) -> Result<Captured, Fault> {
+    let captured = capture(&service.docker, ask.container.as_str()).await.map_err(|e| failure::gather(&e))?;
+    if let Some(inspected) = &ask.spec {
+        let begun = Notes::load(&service.config.migration_dir(migration)).await?.is_some();
+        drift::refuse(inspected, &captured.spec, begun)?;
+    }
+    Ok(captured)
+}
+
+/// The running container, which may have begun since it was inspected what the dump would fail for.
+fn movable(captured: &Captured) -> Result<(BundleFacts, Vec<Process>), Fault> {
+    let bundle = bundle(&captured.spec.id, captured.state.pid)?;
+    let processes = process::list(&bundle.cgroup.procs_file).map_err(fault(FREEZE))?;
+    obstacle::refuse(&processes, bundle.cgroup.version, &FREEZE)?;
+    Ok((bundle, processes))
+}
+
 fn prepare(
     service: &Checkpointer,
     migration: &MigrationId,
-    ask: Freeze,
-    captured: Captured,
+    bundle: BundleFacts,
+    processes: &[Process],
+    network: Network,
 ) -> Result<Prepared, Fault> {
-    let spec = captured.spec;
-    let bundle = bundle(&spec.id, captured.state.pid)?;
-    // It may have begun since it was inspected, and the dump would fail for it.
-    let processes = process::list(&bundle.cgroup.procs_file).map_err(fault(FREEZE))?;
-    obstacle::refuse(&processes, bundle.cgroup.version, &FREEZE)?;
+    let room = room::of_images(processes, &bundle, &carried_tmpfs(&bundle)).map_err(fault(FREEZE))?;
+    let dump = service.config.scratch(migration).make(DUMP, Some(room.0)).map_err(fault(FREEZE))?;
+    let work = dump.join(WORK_DIR);
+    std::fs::create_dir_all(&work).map_err(fault(FREEZE))?;
+    let mut mask = PagemapMask::prepare(&service.criu, Path::new(DEFAULT_PARENT)).map_err(fault(FREEZE))?;
+    let (criu_s, (memfds, ipc)) = (criu_s_network(network), hold::expected(processes));
+    mask.call_criu(bundle.init_pid, (criu_s, ipc), memfds, &work).map_err(fault(FREEZE))?;
+    let namespace = quiet::namespace_of(bundle.init_pid).map_err(fault(FREEZE))?;
+    let change = quiet::Change::to_silence(&namespace).map_err(fault(FREEZE))?;
+    Ok(Prepared { bundle, network, mask, silence: Silence { namespace, change } })
+}
+
+/// Everything up to the standstill: what was prepared, unless the container has become another or been mounted upon since,
+/// and notes.
+fn begin(
+    service: &Checkpointer,
+    migration: &MigrationId,
+    ask: Freeze,
+    captured: &Captured,
+) -> Result<(Session, Silence), Fault> {
+    let spec = &captured.spec;
+    let (bundle, processes) = movable(captured)?;
+    let prepared = match service.prepared.take(migration) {
+        Some(before) if before.bundle == bundle && before.network == ask.network => before,
+        before => {
+            drop(before);
+            prepare(service, migration, bundle, &processes, ask.network)?
+        }
+    };
+    let Prepared { bundle, mask, silence, .. } = prepared;
     let volumes =
         spec.volumes().filter(|(_, volume)| !volume.anonymous).map(|(_, volume)| volume.name.clone());
     let dir = service.config.migration_dir(migration);
     let before = Notes::read(&dir).map_err(fault(FREEZE))?;
-    let namespace = quiet::namespace_of(bundle.init_pid).map_err(fault(FREEZE))?;
     let arp_ignore = match before.as_ref().and_then(|notes| notes.arp_ignore.clone()) {
         Some(setting) => setting,
-        None => quiet::present(&namespace).map_err(fault(FREEZE))?,
+        None => quiet::present(&silence.namespace).map_err(fault(FREEZE))?,
     };
     let notes = Notes {
         container: ask.container,
@@ -150,18 +174,8 @@ fn prepare(
         volumes: volumes.collect(),
     };
     notes.write(&dir).map_err(fault(FREEZE))?;
-    let room = room::of_images(&processes, &bundle, &carried_tmpfs(&bundle)).map_err(fault(FREEZE))?;
-    let dump = service.config.scratch(migration).make(DUMP, Some(room.0)).map_err(fault(FREEZE))?;
-    let work = dump.join(WORK_DIR);
-    std::fs::create_dir_all(&work).map_err(fault(FREEZE))?;
-    let mut mask = PagemapMask::prepare(&service.criu, Path::new(DEFAULT_PARENT)).map_err(fault(FREEZE))?;
-    let (network, (memfds, ipc)) = (criu_s_network(ask.network), hold::expected(&processes));
-    mask.call_criu(bundle.init_pid, (network, ipc), memfds, &work).map_err(fault(FREEZE))?;
-    let change = quiet::Change::to_silence(&namespace).map_err(fault(FREEZE))?;
-    let state = State::Frozen(mask);
-    let (rings, silence) = (Rings::default(), Silence { namespace, change });
-    let session = Session { notes, bundle, rings, inspected: None, capture: None, expedited: None, state };
-    Ok(Prepared { session, silence, spec, network: ask.network })
+    let (rings, state) = (Rings::default(), State::Frozen(mask));
+    Ok((Session { notes, bundle, rings, capture: None, expedited: None, state }, silence))
 }
 
 /// The container's network, about to be silenced.

@@ -15,7 +15,7 @@ use haulage_criu::mask::PagemapMask;
 use haulage_criu::packets;
 use haulage_criu::rpc::NetworkLock;
 use haulage_criu::shared::{LeftOut, LeftOutProcess, SharedObject};
-use haulage_engine::{BundleFacts, TmpfsFacts, capture};
+use haulage_engine::{BundleFacts, TmpfsFacts};
 use haulage_pages::in_flight::Rings;
 use haulage_pages::maps::Maps;
 use haulage_pages::object::{self, Memfd, ObjectId};
@@ -29,12 +29,10 @@ use haulage_sys::freezer::Freezer;
 use haulage_sys::packet::Capture;
 use haulage_sys::pagemap::Pagemap;
 use haulage_sys::rcu::Expedited;
-use serde_json::Value;
 
 use crate::Checkpointer;
 use crate::descriptors::{Descriptors, OpenFiles, Table};
-use crate::drift;
-use crate::failure::{self, DUMP, fault, joined};
+use crate::failure::{DUMP, fault, joined};
 use crate::freeze::{FREEZE_WITHIN, io_in_flight};
 use crate::locks;
 use crate::notes::{DUMP as DUMP_DIR, Notes};
@@ -53,8 +51,6 @@ pub(crate) struct Session {
     pub(crate) expedited: Option<Expedited>,
     /// The events of asynchronous IO, as they stood when the container was frozen.
     pub(crate) rings: Rings,
-    /// What it was when the target was made, where that was not looked at just before the freeze.
-    pub(crate) inspected: Option<Value>,
     pub(crate) state: State,
 }
 
@@ -72,24 +68,13 @@ pub(crate) async fn dump(
     migration: MigrationId,
     ask: Dump,
 ) -> Result<Dumped, Fault> {
-    let mut session = service.sessions.take(&migration).ok_or_else(not_frozen)?;
-    let inspected = session.inspected.take();
-    let container = ask.container.clone();
-    let worker = service.clone();
     let work = move || {
-        let result = dump_frozen(&worker, &migration, &mut session, &ask);
-        worker.sessions.put(&migration, session);
+        let mut session = service.sessions.take(&migration).ok_or_else(not_frozen)?;
+        let result = dump_frozen(&service, &migration, &mut session, &ask);
+        drop(service.sessions.put(&migration, session));
         result
     };
-    // Engine and CRIU have nothing to do with each other.
-    let unchanged = async {
-        let Some(inspected) = inspected else { return Ok(()) };
-        let now = capture(&service.docker, container.as_str()).await.map_err(|e| failure::gather(&e))?;
-        drift::refuse(&inspected, &now.spec, true)
-    };
-    let (dumped, unchanged) = tokio::join!(tokio::task::spawn_blocking(work), unchanged);
-    let dumped = joined(dumped)?;
-    unchanged.map(|()| dumped)
+    joined(tokio::task::spawn_blocking(work).await)
 }
 
 fn not_frozen() -> Fault {
@@ -332,7 +317,7 @@ pub(crate) async fn confirm(service: Arc<Checkpointer>, migration: MigrationId) 
     let session = service.sessions.take(&migration).ok_or_else(lost)?;
     let alive = matches!(&session.state, State::Held(held) if held.is_alive());
     let moved = session.rings.have_moved().map_err(fault(code::HOLD_LOST));
-    service.sessions.put(&migration, session);
+    drop(service.sessions.put(&migration, session));
     match moved? {
         _ if !alive => Err(lost()),
         true => Err(io_in_flight("asynchronous IO has ended after the container was dumped")),

@@ -4,10 +4,11 @@
 //! ```text
 //!            Freeze              Dump                    Commit
 //! (running) --------> frozen ----------> held by CRIU ----------> removed
-//!  PrepareFreeze leaves it running, with all at hand that a freeze needs
 //!     ^                 |                     |
 //!     +---- RollBack ---+------- RollBack ----+
 //! ```
+//!
+//! `PrepareFreeze` changes nothing: it has at hand what a freeze needs.
 //!
 //! What was changed on the host is written down before it is changed ([`notes`]), so that a checkpointer that was
 //! restarted still knows how to roll back.
@@ -64,8 +65,9 @@ impl<T> Default for Kept<T> {
 }
 
 impl<T> Kept<T> {
-    fn put(&self, migration: &MigrationId, one: T) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(migration.clone(), one);
+    /// What was there before, which may take long to drop.
+    fn put(&self, migration: &MigrationId, one: T) -> Option<T> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(migration.clone(), one)
     }
 
     fn take(&self, migration: &MigrationId) -> Option<T> {

@@ -16,7 +16,7 @@ use haulage_sys::arp::announce_all;
 use haulage_sys::freezer::{Freezer, FreezerState};
 
 use crate::Checkpointer;
-use crate::failure::{self, RELEASE, fault, joined};
+use crate::failure::{self, RELEASE, blocking, fault, joined};
 use crate::hold::{Session, State};
 use crate::notes::Notes;
 
@@ -39,17 +39,21 @@ pub(crate) async fn roll_back(
 
 /// The same, for a freeze that failed. Safe to repeat, also by a process that did not do what it undoes.
 pub(crate) async fn undo(service: &Arc<Checkpointer>, migration: &MigrationId) -> Result<RolledBack, Fault> {
+    let prepared = service.prepared.take(migration);
+    blocking(move || {
+        drop(prepared);
+        Ok(())
+    })
+    .await?;
     let dir = service.config.migration_dir(migration);
     let Some(notes) = Notes::load(&dir).await? else {
+        // It was not touched.
+        Notes::forget(service.config.scratch(migration)).await?;
         return Ok(RolledBack { thawed_at: None });
     };
-    let (prepared, session) = (service.prepared.take(migration), service.sessions.take(migration));
+    let session = service.sessions.take(migration);
     let released = notes.clone();
-    let release = move || {
-        drop(prepared);
-        release(session, &released)
-    };
-    let thawed_at = joined(tokio::task::spawn_blocking(release).await)?;
+    let thawed_at = joined(tokio::task::spawn_blocking(move || release(session, &released)).await)?;
     if !notes.restart_policy.is_never() {
         let set = service.docker.set_restart_policy(notes.container.as_str(), &notes.restart_policy).await;
         match set {

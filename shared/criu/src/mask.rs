@@ -209,14 +209,24 @@ impl PagemapMask {
 
     /// The CRIU that waits, if it is of use for a dump with these namespaces: it sees everything that is covered.
     pub(crate) fn take_waiting(&mut self, namespaces: (Network, Ipc)) -> Result<Option<Worker>, MaskError> {
+        let waiting = self.waiting.take();
         let fits = |waiting: &Waiting| {
             waiting.namespaces == namespaces
                 && waiting.hides_descriptors == self.hides_descriptors
                 && waiting.worker.is_alive()
+                && self.covers_cache(&waiting.worker)
         };
-        let Some(Waiting { worker, .. }) = self.waiting.take().filter(fits) else { return Ok(None) };
+        let Some(Waiting { worker, .. }) = waiting.filter(fits) else { return Ok(None) };
         bind_in(worker.pid(), &self.covered).map_err(at(&self.dir))?;
         Ok(Some(worker))
+    }
+
+    /// Whether a CRIU that was started some time ago will find our cache: whoever removes the file beneath it, as every CRIU
+    /// does that finds it stale, takes what covers it away in all mount namespaces.
+    fn covers_cache(&self, worker: &Worker) -> bool {
+        let seen = format!("/proc/{}/root{RUN_DIR}/{CACHE_NAME}", worker.pid());
+        let inode = |path: &Path| fs::metadata(path).map(|is| (is.dev(), is.ino()));
+        inode(Path::new(&seen)).ok().is_some_and(|seen| inode(&self.cache).is_ok_and(|ours| ours == seen))
     }
 
     /// Covers process `pid` (an id in our own pid namespace): its memory in `hidden` (addresses in bytes, page-aligned)

@@ -110,7 +110,15 @@ fn another_criu_may_remove_what_the_mask_covers() {
         let outcome = mask.call_criu(container.pid(), namespaces, false, &container.work());
         called.store(true, Ordering::Release);
         outcome.unwrap();
-        remover.join().unwrap()
+        let removed = remover.join().unwrap();
+        // Also while it waits: it would find one of its own then, and that of the host is no better.
+        let waiting = child();
+        std::fs::remove_file("/run/criu.kdat").ok();
+        let (held, stored) = dump_by(&container, mask);
+        assert_ne!(tracer(container.pid()), Some(waiting));
+        assert_eq!(assemble(&container, stored.clone()).stored, stored.pages());
+        held.roll_back().unwrap();
+        removed
     });
     assert!(removed > 0);
 }

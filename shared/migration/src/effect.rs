@@ -44,7 +44,7 @@ pub enum Effect {
     Throttle(u8),
     /// Target: everything of a start that needs no state.
     Prepare,
-    /// Source: everything of a freeze that needs no standstill.
+    /// Source: everything of a freeze that changes nothing.
     PrepareFreeze,
     /// Source: a further pass over what lies in memory, which may be written faster than files on disk.
     SyncTmpfs,

@@ -427,7 +427,7 @@ impl Migration {
             {
                 vec![Effect::UndoTarget]
             }
-            Phase::Resume if self.must_undo(Effect::RollBackSource) => vec![Effect::RollBackSource],
+            Phase::Resume if self.attempted.contains(&Effect::Freeze) => vec![Effect::RollBackSource],
             Phase::Fence | Phase::Resume => Vec::new(),
             Phase::Clean => self.cleaning(),
             Phase::Release if self.must_undo(Effect::ReleaseLease) => vec![Effect::ReleaseLease],
@@ -444,7 +444,10 @@ impl Migration {
             Effect::CloseTargetFiles,
         ];
         let undo_target = (self.outcome != Some(Outcome::Committed)).then_some(Effect::UndoTarget);
-        let wanted = undo_target.into_iter().chain(closing);
+        // A freeze that was asked for has been undone, insistently, or is over.
+        let only_prepared = !self.attempted.contains(&Effect::Freeze);
+        let drop_prepared = only_prepared.then_some(Effect::RollBackSource);
+        let wanted = undo_target.into_iter().chain(drop_prepared).chain(closing);
         let wanted = wanted.filter(|effect| self.must_undo(*effect) && !self.attempted.contains(effect));
         // Asked before and failed, it is asked again.
         wanted.chain(self.is_throttled().then_some(Effect::Unthrottle)).collect()

@@ -36,7 +36,8 @@ pub enum Phase {
     Track,
     /// Rounds of memory, while the container runs.
     PreCopy,
-    /// Start the container on the target as far as it can be without its state; it goes on here.
+    /// Start the container on the target as far as it can be without its state, and make the freeze ready here, where it
+    /// goes on.
     Prepare,
     /// More rounds, of what was written meanwhile.
     Settle,

@@ -85,8 +85,14 @@ impl World {
             Effect::SyncFiles => drop(self.open.insert("source files")),
             Effect::SyncTmpfs => assert_ne!(self.source, Source::Frozen, "a live pass of what stands still"),
             Effect::StartTracking => drop(self.open.insert("source pages")),
-            Effect::PrepareFreeze => assert_eq!(self.source, Source::Running, "{effect}"),
-            Effect::Freeze if self.source == Source::Running => self.source = Source::Frozen,
+            Effect::PrepareFreeze => {
+                assert_eq!(self.source, Source::Running, "{effect}");
+                self.open.insert("prepared freeze");
+            }
+            Effect::Freeze if self.source == Source::Running => {
+                self.open.remove("prepared freeze");
+                self.source = Source::Frozen;
+            }
             Effect::Throttle(_) => self.throttled = true,
             Effect::Unthrottle => self.throttled = false,
             Effect::Dump => match self.source {
@@ -140,6 +146,7 @@ impl World {
             }
             Effect::RollBackSource => {
                 assert_ne!(self.source, Source::Gone);
+                self.open.remove("prepared freeze");
                 self.source = Source::Running;
             }
             Effect::CloseSourcePages => drop(self.open.remove("source pages")),
@@ -406,6 +413,7 @@ fn check_end(record: &Migration, world: &World) {
         ("target pages", Effect::CloseTargetPages),
         ("source files", Effect::CloseSourceFiles),
         ("target files", Effect::CloseTargetFiles),
+        ("prepared freeze", Effect::RollBackSource),
     ] {
         let noted = record.leftovers.iter().any(|left| left.effect == effect);
         assert!(!world.open.contains(what) || noted, "{what} left open and not noted");

@@ -87,12 +87,19 @@ pub fn first_stopped(processes: &[Process]) -> Option<Found> {
     stopped.map(|process| Found::new(*process, Obstacle::Stopped))
 }
 
-/// A frozen one is in state D, and waits in the same place.
+/// All threads of a process stop together, and those that have ended tell nothing. A frozen one is in state D, and waits in
+/// the same place.
 fn is_stopped(pid: Pid) -> bool {
-    let read = |name| fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
-    let in_state_t =
-        || read("stat").rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('T'));
-    read("wchan") == "do_signal_stop" || in_state_t()
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return false };
+    let stopped = |thread: fs::DirEntry| {
+        let stat = fs::read_to_string(thread.path().join("stat")).ok()?;
+        match stat.rsplit_once(')')?.1.trim_start().chars().next()? {
+            'T' => Some(true),
+            'Z' | 'X' => None,
+            _ => Some(fs::read_to_string(thread.path().join("wchan")).ok()? == "do_signal_stop"),
+        }
+    };
+    threads.flatten().find_map(stopped).unwrap_or(false)
 }
 
 fn of(process: Process) -> Result<Option<Obstacle>, MapsError> {

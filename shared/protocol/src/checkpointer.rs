@@ -141,8 +141,8 @@ pub struct Unthrottle {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unthrottled {}
 
-/// Everything of a [`Freeze`] that needs no standstill, while the container runs on: it then has less to write before it
-/// stands still. [`RollBack`] takes it back.
+/// Everything of a [`Freeze`] that changes nothing, while the container runs on: it then has less time to write before it
+/// stands still. [`RollBack`] drops it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PrepareFreeze {
     /// What will be asked.
@@ -158,9 +158,8 @@ pub struct FreezePrepared {}
 pub struct Freeze {
     /// The container.
     pub container: ContainerId,
-    /// What it was ([`Inspected::spec`]). It is refused when it is something else by now, such as after `docker update`
-    /// or `docker network connect`: the target was made from this. After a [`PrepareFreeze`], which looks too, it is
-    /// looked at again beside the [`Dump`].
+    /// What it was ([`Inspected::spec`]). It is refused, untouched, when it is something else by now, such as after
+    /// `docker update` or `docker network connect`: the target was made from this.
     #[serde(default)]
     pub spec: Option<Value>,
     /// That of the [`Dump`] which follows, for which CRIU is started before the freeze.

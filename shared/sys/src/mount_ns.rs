@@ -18,7 +18,8 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 /// Spawns `cmd` in a private copy of our mount namespace in which every `(source, target)` of `binds` is bind-mounted,
 /// in order, and `over_own_pagemap`, if given, covers the program's own `/proc/self/pagemap`.
 ///
-/// Mounts made elsewhere later are not seen by the child, nor its mounts by anyone else. The child's own pagemap is
+/// Its mounts are seen by nobody else. What is mounted or unmounted elsewhere later is so in the child too, where that is
+/// shared (`MS_SLAVE`): one that waits for long keeps no file system busy. The child's own pagemap is
 /// named by its process id, which `exec` keeps, also through a loader or a wrapper script that ends in `exec`.
 ///
 /// # Errors
@@ -41,7 +42,7 @@ pub fn spawn_in_private_mounts(
     unsafe {
         cmd.pre_exec(move || {
             check(libc::unshare(libc::CLONE_NEWNS))?;
-            mount(None, c"/", libc::MS_REC | libc::MS_PRIVATE)?;
+            mount(None, c"/", libc::MS_REC | libc::MS_SLAVE)?;
             for (source, target) in &mounts {
                 mount(Some(source), target, libc::MS_BIND)?;
             }
