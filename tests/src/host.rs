@@ -130,6 +130,12 @@ impl Host {
         &self.netns
     }
 
+    /// The name of its fleet.
+    #[must_use]
+    pub fn fleet(&self) -> &str {
+        &self.fleet
+    }
+
     /// Its directory: engine data, service state and logs.
     #[must_use]
     pub fn directory(&self) -> &Path {

@@ -162,10 +162,13 @@ find \"$1/migrations\" -mindepth 1 2>/dev/null | sed 's/^/state: /'
 find /run/haul -mindepth 2 2>/dev/null | sed 's/^/run: /'
 find /run -maxdepth 1 -name 'haul-*' | sed 's/^/pages: /'
 awk '$5 ~ /haul|pagemap|criu/ && $5 !~ /^.(run.netns|opt.haulage)./ && index($5, root) != 1 { print \"mount: \" $5 }' root=\"$2\" /proc/self/mountinfo
+ours=$(readlink /proc/self/ns/net)
 for process in /proc/[0-9]*; do
     case $(cat $process/comm 2>/dev/null) in
-    criu | haul-runtime | runc)
-        [ \"$(readlink $process/ns/net)\" != \"$(readlink /proc/self/ns/net)\" ] ||
+    criu | haul-runtime | runc | iptables-resto* | ip6tables-rest*)
+        # One that a service has started may be in the network of a container.
+        parent=/proc/$(awk '$1 == \"PPid:\" { print $2 }' $process/status 2>/dev/null)
+        [ \"$(readlink $process/ns/net)\" != \"$ours\" ] && [ \"$(readlink $parent/ns/net)\" != \"$ours\" ] ||
             echo \"process: $(tr '\\0' ' ' <$process/cmdline)\" ;;
     esac
 done

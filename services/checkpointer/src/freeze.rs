@@ -45,6 +45,24 @@ pub(crate) struct Prepared {
     silence: Silence,
 }
 
+impl Prepared {
+    /// Not when the container has become another or been mounted upon since, or has what CRIU must know of when it starts; nor
+    /// when what waits has died. It ends then.
+    fn if_still_of_use(
+        mut self,
+        bundle: &BundleFacts,
+        processes: &[Process],
+        network: Network,
+    ) -> Option<Self> {
+        let (memfds, ipc) = hold::expected(processes);
+        let of_use = self.bundle == *bundle
+            && self.network == network
+            && self.mask.would_serve((criu_s_network(network), ipc), memfds)
+            && self.silence.change.is_ready();
+        of_use.then_some(self)
+    }
+}
+
 /// Leaves less to [`freeze`], and only as long as the container is what it is now. Nothing is changed, so nothing is noted;
 /// directories are made, which any roll-back removes.
 pub(crate) async fn prepare_freeze(
@@ -54,14 +72,14 @@ pub(crate) async fn prepare_freeze(
 ) -> Result<FreezePrepared, Fault> {
     let ask = ask.freeze;
     let captured = unchanged(&service, &migration, &ask).await?;
-    let prepare = move || {
+    let work = move || {
         let (bundle, processes) = movable(&captured)?;
         let prepared = prepare(&service, &migration, bundle, &processes, ask.network)?;
         // Whatever was there before ends here, at leisure.
         drop(service.prepared.put(&migration, prepared));
         Ok(FreezePrepared {})
     };
-    joined(tokio::task::spawn_blocking(prepare).await)
+    joined(tokio::task::spawn_blocking(work).await)
 }
 
 pub(crate) async fn freeze(
@@ -123,7 +141,10 @@ fn prepare(
     network: Network,
 ) -> Result<Prepared, Fault> {
     let room = room::of_images(processes, &bundle, &carried_tmpfs(&bundle)).map_err(fault(FREEZE))?;
-    let dump = service.config.scratch(migration).make(DUMP, Some(room.0)).map_err(fault(FREEZE))?;
+    let scratch = service.config.scratch(migration);
+    // One that is there may have been made where less was to be kept.
+    scratch.remove(&[DUMP]).map_err(fault(FREEZE))?;
+    let dump = scratch.make(DUMP, Some(room.0)).map_err(fault(FREEZE))?;
     let work = dump.join(WORK_DIR);
     std::fs::create_dir_all(&work).map_err(fault(FREEZE))?;
     let mut mask = PagemapMask::prepare(&service.criu, Path::new(DEFAULT_PARENT)).map_err(fault(FREEZE))?;
@@ -134,8 +155,7 @@ fn prepare(
     Ok(Prepared { bundle, network, mask, silence: Silence { namespace, change } })
 }
 
-/// Everything up to the standstill: what was prepared, unless the container has become another or been mounted upon since,
-/// and notes.
+/// Everything up to the standstill: what was prepared, if it is still of use, and notes.
 fn begin(
     service: &Checkpointer,
     migration: &MigrationId,
@@ -144,12 +164,11 @@ fn begin(
 ) -> Result<(Session, Silence), Fault> {
     let spec = &captured.spec;
     let (bundle, processes) = movable(captured)?;
-    let prepared = match service.prepared.take(migration) {
-        Some(before) if before.bundle == bundle && before.network == ask.network => before,
-        before => {
-            drop(before);
-            prepare(service, migration, bundle, &processes, ask.network)?
-        }
+    let before = service.prepared.take(migration);
+    let still = before.and_then(|before| before.if_still_of_use(&bundle, &processes, ask.network));
+    let prepared = match still {
+        Some(prepared) => prepared,
+        None => prepare(service, migration, bundle, &processes, ask.network)?,
     };
     let Prepared { bundle, mask, silence, .. } = prepared;
     let volumes =
@@ -209,7 +228,7 @@ fn freeze_whole(session: &mut Session, spec: &ContainerSpec, silence: Silence) -
     session.capture =
         capture.inspect_err(|error| tracing::warn!(%error, "arriving packets are not kept")).ok();
     // It may have been stopped since.
-    let traceable = obstacle::refuse_stopped(&processes, session.bundle.cgroup.version);
+    let traceable = obstacle::refuse_stopped(&processes, session.bundle.cgroup.version, &FREEZE);
     // Before its sockets are dumped: what the kernel acknowledged afterwards would be lost.
     let silenced =
         traceable.and_then(|()| quiet::hush(&silence.namespace, silence.change).map_err(fault(FREEZE)));

@@ -66,6 +66,7 @@ impl<T> Default for Kept<T> {
 
 impl<T> Kept<T> {
     /// What was there before, which may take long to drop.
+    #[must_use]
     fn put(&self, migration: &MigrationId, one: T) -> Option<T> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(migration.clone(), one)
     }

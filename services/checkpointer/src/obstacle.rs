@@ -22,7 +22,7 @@ const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(5);
 /// under `code`.
 pub(crate) fn refuse(processes: &[Process], freezer: CgroupVersion, code: &FaultCode) -> Result<(), Fault> {
     let began = Instant::now();
-    let first = || match stopped(processes, freezer) {
+    let first = || match stopped(processes, freezer, code)? {
         None => obstacle::first(processes).map_err(crate::failure::fault(code.clone())),
         found => Ok(found),
     };
@@ -36,14 +36,18 @@ pub(crate) fn refuse(processes: &[Process], freezer: CgroupVersion, code: &Fault
 }
 
 /// Refuses processes that are frozen if one was stopped just before.
-pub(crate) fn refuse_stopped(processes: &[Process], freezer: CgroupVersion) -> Result<(), Fault> {
-    stopped(processes, freezer).map_or(Ok(()), |found| Err(refusal(&found)))
+pub(crate) fn refuse_stopped(
+    processes: &[Process],
+    freezer: CgroupVersion,
+    code: &FaultCode,
+) -> Result<(), Fault> {
+    stopped(processes, freezer, code)?.map_or(Ok(()), |found| Err(refusal(&found)))
 }
 
-fn stopped(processes: &[Process], freezer: CgroupVersion) -> Option<Found> {
+fn stopped(processes: &[Process], freezer: CgroupVersion, code: &FaultCode) -> Result<Option<Found>, Fault> {
     match freezer {
-        CgroupVersion::V1 => obstacle::first_stopped(processes),
-        CgroupVersion::V2 => None,
+        CgroupVersion::V1 => obstacle::first_stopped(processes).map_err(crate::failure::fault(code.clone())),
+        CgroupVersion::V2 => Ok(None),
     }
 }
 

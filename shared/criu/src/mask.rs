@@ -51,7 +51,8 @@ const TMPFS_MAGIC: i64 = 0x0102_1994;
 /// The directory and the name of CRIU's cache (`criu/kerndat.c`).
 const RUN_DIR: &str = "/run";
 const CACHE_NAME: &str = "criu.kdat";
-/// How often something must be missing before it is missing.
+/// How often CRIU is started if the place for its cache goes each time. It takes other CRIUs that start in the very same
+/// milliseconds, one for each.
 const ATTEMPTS: u32 = 10;
 
 /// The mask could not be made. Nothing of it is left, and CRIU would see everything as it is.
@@ -197,32 +198,46 @@ impl PagemapMask {
         work: &Path,
     ) -> Result<Worker, DumpError> {
         let start = || dump::start_worker(&self.criu, Some(&view(self)?), pid, namespaces, work);
+        let is_there = || self.criu.program().exists();
         for _ in 1..ATTEMPTS {
             match start() {
+                Ok(worker) if !self.covers_cache(&worker) => {}
                 Err(DumpError::Rpc(RpcError::Start { source, .. }))
-                    if source.kind() == ErrorKind::NotFound => {}
+                    if source.kind() == ErrorKind::NotFound && is_there() => {}
                 other => return other,
             }
         }
         start()
     }
 
-    /// The CRIU that waits, if it is of use for a dump with these namespaces: it sees everything that is covered.
-    pub(crate) fn take_waiting(&mut self, namespaces: (Network, Ipc)) -> Result<Option<Worker>, MaskError> {
-        let waiting = self.waiting.take();
-        let fits = |waiting: &Waiting| {
-            waiting.namespaces == namespaces
-                && waiting.hides_descriptors == self.hides_descriptors
-                && waiting.worker.is_alive()
-                && self.covers_cache(&waiting.worker)
-        };
-        let Some(Waiting { worker, .. }) = waiting.filter(fits) else { return Ok(None) };
-        bind_in(worker.pid(), &self.covered).map_err(at(&self.dir))?;
-        Ok(Some(worker))
+    /// Whether the CRIU that waits will do for a dump with these namespaces, in which descriptors are likely to be covered or
+    /// not. If not, another is started in the dump.
+    pub fn would_serve(&self, namespaces: (Network, Ipc), hides_descriptors: bool) -> bool {
+        self.waiting.as_ref().is_some_and(|waiting| self.serves(waiting, namespaces, hides_descriptors))
     }
 
-    /// Whether a CRIU that was started some time ago will find our cache: whoever removes the file beneath it, as every CRIU
-    /// does that finds it stale, takes what covers it away in all mount namespaces.
+    fn serves(&self, waiting: &Waiting, namespaces: (Network, Ipc), hides_descriptors: bool) -> bool {
+        waiting.namespaces == namespaces
+            && waiting.hides_descriptors == hides_descriptors
+            && waiting.worker.is_alive()
+            && self.covers_cache(&waiting.worker)
+    }
+
+    /// The CRIU that waits, if it is of use for a dump with these namespaces: it sees everything that is covered.
+    pub(crate) fn take_waiting(&mut self, namespaces: (Network, Ipc)) -> Result<Option<Worker>, MaskError> {
+        let Some(waiting) = self.waiting.take() else { return Ok(None) };
+        if !self.serves(&waiting, namespaces, self.hides_descriptors) {
+            tracing::info!(
+                "the CRIU that waited has ended, or is not of the kind that is needed: another is started"
+            );
+            return Ok(None);
+        }
+        bind_in(waiting.worker.pid(), &self.covered).map_err(at(&self.dir))?;
+        Ok(Some(waiting.worker))
+    }
+
+    /// Whether a CRIU will find our cache when it has its request: whoever removes the file beneath it, as every CRIU does that
+    /// finds it stale, takes what covers it away in all mount namespaces.
     fn covers_cache(&self, worker: &Worker) -> bool {
         let seen = format!("/proc/{}/root{RUN_DIR}/{CACHE_NAME}", worker.pid());
         let inode = |path: &Path| fs::metadata(path).map(|is| (is.dev(), is.ino()));

@@ -81,6 +81,11 @@ impl Change {
         Ok(Self { families: families?, rules })
     }
 
+    /// Whether it can be made still: the programs wait.
+    pub fn is_ready(&mut self) -> bool {
+        self.families.iter_mut().all(|(_, child)| matches!(child.try_wait(), Ok(None)))
+    }
+
     /// Changes it. After an error part of it may be done.
     fn commit(&mut self) -> io::Result<()> {
         // All are fed before one is waited for.

@@ -76,7 +76,7 @@ pub enum Effect {
     Adopt,
     /// Target: remove.
     UndoTarget,
-    /// Source: go on.
+    /// Source: go on. What was made ready for a freeze is dropped.
     RollBackSource,
     /// Source: the container has its processor time back.
     Unthrottle,

@@ -304,8 +304,14 @@ impl Migration {
                 let (options, fixed) = (&self.job.options, self.fixed().cost);
                 self.decided(decide(rounds, slowdowns, options, fixed, self.pre_copied(now)), Phase::Prepare)
             }
-            // It has to know what network the target has made.
-            Phase::Prepare if !self.attempted.contains(&Effect::PrepareFreeze) => Stay(Effect::PrepareFreeze),
+            // CRIU there has to know what network the target has made. Without rounds before the freeze it does it all.
+            Phase::Prepare
+                if self.is_tracked()
+                    && !self.is_post_copy()
+                    && !self.attempted.contains(&Effect::PrepareFreeze) =>
+            {
+                Stay(Effect::PrepareFreeze)
+            }
             // What is written meanwhile follows too.
             Phase::Prepare if self.is_post_copy() => Enter(Phase::Freeze),
             Phase::Prepare => Enter(Phase::Settle),
@@ -352,7 +358,7 @@ impl Migration {
         }
     }
 
-    /// The container has not been touched: what is undone is the target's.
+    /// The container has not been touched: what is undone is the target's, and what was made ready for a freeze.
     fn refuse(&mut self, why: Why) {
         let convergence = self.convergence(why);
         let (predicted, wanted) = (convergence.forecast.downtime, convergence.wanted);

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::fs;
+use std::io;
 
 use haulage_sys::Pid;
 
@@ -82,24 +83,49 @@ pub fn first(processes: &[Process]) -> Result<Option<Found>, MapsError> {
 /// The first process that a signal has stopped, frozen or not. It is an obstacle where the freezer of cgroup version 1
 /// freezes it: whoever traces it then waits for a thaw (`ptrace_attach` of Linux 6.1 and later wakes it from its stop,
 /// which the freezer keeps from it), and CRIU traces before it thaws. With version 2 it is none.
-pub fn first_stopped(processes: &[Process]) -> Option<Found> {
-    let stopped = processes.iter().find(|process| is_stopped(process.pid));
-    stopped.map(|process| Found::new(*process, Obstacle::Stopped))
+///
+/// # Errors
+/// When it cannot be read what a thread that lives is waiting for.
+pub fn first_stopped(processes: &[Process]) -> io::Result<Option<Found>> {
+    for process in processes {
+        if is_stopped(process.pid)? {
+            return Ok(Some(Found::new(*process, Obstacle::Stopped)));
+        }
+    }
+    Ok(None)
 }
 
 /// All threads of a process stop together, and those that have ended tell nothing. A frozen one is in state D, and waits in
-/// the same place.
-fn is_stopped(pid: Pid) -> bool {
-    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return false };
-    let stopped = |thread: fs::DirEntry| {
-        let stat = fs::read_to_string(thread.path().join("stat")).ok()?;
-        match stat.rsplit_once(')')?.1.trim_start().chars().next()? {
-            'T' => Some(true),
-            'Z' | 'X' => None,
-            _ => Some(fs::read_to_string(thread.path().join("wchan")).ok()? == "do_signal_stop"),
+/// the same function, of whose name the compiler may have made a variant (`do_signal_stop.isra.0`).
+fn is_stopped(pid: Pid) -> io::Result<bool> {
+    let Some(threads) = unless_gone(fs::read_dir(format!("/proc/{pid}/task")))? else { return Ok(false) };
+    for thread in threads {
+        let Some(thread) = unless_gone(thread)? else { continue };
+        let Some(stat) = unless_gone(fs::read_to_string(thread.path().join("stat")))? else { continue };
+        let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next());
+        match state {
+            Some('T') => return Ok(true),
+            Some('Z' | 'X') | None => {}
+            Some(_) => {
+                let place = unless_gone(fs::read_to_string(thread.path().join("wchan")))?;
+                return Ok(place.is_some_and(|place| place.starts_with("do_signal_stop")));
+            }
         }
-    };
-    threads.flatten().find_map(stopped).unwrap_or(false)
+    }
+    Ok(false)
+}
+
+/// Nothing where the process or thread has ended.
+fn unless_gone<T>(read: io::Result<T>) -> io::Result<Option<T>> {
+    match read {
+        Err(error)
+            if error.kind() == io::ErrorKind::NotFound
+                || error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) =>
+        {
+            Ok(None)
+        }
+        other => other.map(Some),
+    }
 }
 
 fn of(process: Process) -> Result<Option<Obstacle>, MapsError> {

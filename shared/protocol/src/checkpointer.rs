@@ -245,8 +245,8 @@ pub struct Commit {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Committed {}
 
-/// Undoes whatever this service did to the container: it runs on, connections and all. Harmless when nothing
-/// had been done.
+/// Undoes whatever this service did to the container: it runs on, connections and all. Drops what was made ready
+/// ([`PrepareFreeze`]). Harmless when nothing had been done.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RollBack {
     /// The container.

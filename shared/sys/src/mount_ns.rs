@@ -19,7 +19,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 /// in order, and `over_own_pagemap`, if given, covers the program's own `/proc/self/pagemap`.
 ///
 /// Its mounts are seen by nobody else. What is mounted or unmounted elsewhere later is so in the child too, where that is
-/// shared (`MS_SLAVE`): one that waits for long keeps no file system busy. The child's own pagemap is
+/// shared (`MS_SLAVE`), so that one that waits for long keeps none of those busy. The child's own pagemap is
 /// named by its process id, which `exec` keeps, also through a loader or a wrapper script that ends in `exec`.
 ///
 /// # Errors
@@ -194,6 +194,32 @@ mod tests {
         let binds = [(PathBuf::from("/nonexistent/source"), PathBuf::from("/tmp"))];
         let error = spawn_in_private_mounts(cmd, &binds, None).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn what_is_unmounted_where_mounts_are_shared_is_not_kept_busy_by_the_child() {
+        let script = "mount -t tmpfs t /mnt && mount --make-shared /mnt && mkdir /mnt/in && touch /mnt/under && \
+                      mount -t tmpfs t /mnt/in && echo ready && exec sleep 60";
+        let mut host =
+            Command::new("unshare").args(["-m", "sh", "-c", script]).stdout(Stdio::piped()).spawn().unwrap();
+        let mut ready = [0; 6];
+        host.stdout.as_mut().unwrap().read_exact(&mut ready).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let over = dir.path().join("over");
+        std::fs::write(&over, "over").unwrap();
+        let seen = run_in(crate::Pid::from_child(&host), || {
+            let mut cmd = Command::new("sh");
+            cmd.args(["-c", "read line; mountpoint -q /mnt/in && echo busy; cat /mnt/under"]);
+            cmd.stdin(Stdio::piped()).stdout(Stdio::piped());
+            let mut child = spawn_in_private_mounts(cmd, &[(over, "/mnt/under".into())], None)?;
+            let outside = std::fs::read_to_string("/mnt/under");
+            let unmounted = rustix::mount::unmount("/mnt/in", rustix::mount::UnmountFlags::empty());
+            std::io::Write::write_all(&mut child.stdin.take().unwrap(), b"\n")?;
+            Ok((outside?, unmounted, output_of(child)))
+        });
+        host.kill().unwrap();
+        host.wait().unwrap();
+        assert_eq!(seen.unwrap(), (String::new(), Ok(()), "over".to_owned()));
     }
 
     #[test]

@@ -165,7 +165,7 @@ fn what_cannot_be_dumped_is_noticed() {
 fn a_stopped_process_is_noticed_frozen_or_not() {
     let mut target = Target::start();
     target.tell("map 0 50");
-    let stopped = || obstacle::first_stopped(&processes(&target)).map(|found| found.obstacle);
+    let stopped = || obstacle::first_stopped(&processes(&target)).unwrap().map(|found| found.obstacle);
     let frozen = || {
         target.freeze();
         let found = stopped();

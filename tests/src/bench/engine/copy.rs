@@ -3,6 +3,7 @@
 //! It stands for `rsync`, which the machine may lack, and is faster than it: nothing is compared and nothing encrypted.
 
 use crate::host::Host;
+use crate::process::FLEET_VARIABLE;
 use anyhow::{Context, Result, bail};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::fs::File;
@@ -24,7 +25,7 @@ pub(super) fn copy(from: &Host, source: &Path, to: &Host, target: &Path, limit: 
     let (receiver, _) = listener.accept()?;
     let start = |mode: &str, directory: &Path, input: Stdio, output: Stdio| {
         let mut command = Command::new("tar");
-        command.args([mode, "--sparse", "--file=-", "-C"]).arg(directory);
+        command.args([mode, "--sparse", "--file=-", "-C"]).arg(directory).env(FLEET_VARIABLE, from.fleet());
         if mode == "--create" {
             command.arg(".");
         }
