@@ -304,7 +304,8 @@ impl Migration {
                 let (options, fixed) = (&self.job.options, self.fixed().cost);
                 self.decided(decide(rounds, slowdowns, options, fixed, self.pre_copied(now)), Phase::Prepare)
             }
-            // CRIU there has to know what network the target has made. Without rounds before the freeze it does it all.
+            // Not beside `Prepare`: the source's CRIU has to know which network the target has made. Where no rounds
+            // follow, the freeze does all of it.
             Phase::Prepare
                 if self.is_tracked()
                     && !self.is_post_copy()
