@@ -5,30 +5,58 @@
 //! gives them in ascending order in each pid namespace, so a process that we start in the container's, only to see its
 //! number, has the number after that of the one before if there was nobody in between. Nothing of it stays.
 //!
+//! Numbers that were passed over mean nothing where living threads have them, of processes that were there at the look
+//! before and listed after it: either the numbers were taken all the time, or the threads are new, and write by the page
+//! tables of their process. A new process may have written and then given up its memory (`execve`).
+//!
 //! Nor do page tables tell of a write if the kernel has taken the page out of them since, to make room; it counts the
 //! pages that it looks at for that.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
+use std::mem;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::process::{Command, Stdio};
 
+use rustix::param::clock_ticks_per_second;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use rustix::time::{ClockId, Timespec, clock_gettime};
 
-use crate::process::Process;
+use crate::process::{self, Generation, Process};
 
 /// A program that does nothing; every system has one.
 const PROGRAM: &str = "true";
+
+/// Of more numbers than that nobody is looked for.
+const MANY: usize = 4096;
 
 /// Looks at a container's pid namespace and at the kernel's counter. Until both have been seen twice without a change,
 /// anything may have happened.
 #[derive(Debug, Default)]
 pub(crate) struct Births {
     namespace: Option<File>,
-    last: Option<u32>,
+    last: Option<Look>,
+    listed: Vec<Process>,
+    passed_over: Vec<PassedOver>,
     reclaimed: Option<u64>,
     unsure: bool,
+}
+
+/// The number that the next process had, and the time before that.
+#[derive(Debug, Clone, Copy)]
+struct Look {
+    number: u32,
+    at: Generation,
+}
+
+/// Numbers that were given out or had been before, since a look.
+#[derive(Debug)]
+struct PassedOver {
+    numbers: Range<u32>,
+    since: Generation,
 }
 
 impl Births {
@@ -40,11 +68,15 @@ impl Births {
 
     /// Looks again. Processes must be listed after this.
     pub(crate) fn look(&mut self) {
-        let number = self.namespace.as_ref().and_then(|namespace| next_number(namespace).ok());
-        let sure = self.last.zip(number).is_some_and(|(last, number)| last.checked_add(1) == Some(number));
+        let look = self.namespace.as_ref().and_then(|namespace| Look::at(namespace).ok());
+        match self.last.zip(look).and_then(|(last, look)| last.passed_over_until(look)) {
+            Some(passed_over) if passed_over.numbers.is_empty() => {}
+            Some(passed_over) => self.passed_over.push(passed_over),
+            None => self.unsure = true,
+        }
         let reclaimed = reclaimed().ok();
-        self.unsure |= !sure || reclaimed.is_none() || reclaimed != self.reclaimed;
-        (self.last, self.reclaimed) = (number, reclaimed);
+        self.unsure |= reclaimed.is_none() || reclaimed != self.reclaimed;
+        (self.last, self.reclaimed) = (look, reclaimed);
     }
 
     /// Whether anything may have happened since [`Self::forgive`], as far as looks have shown. `processes` are all there
@@ -54,6 +86,11 @@ impl Births {
         // One that has ended since it was listed is missed by whoever compares mappings.
         let mut others = processes.iter().filter_map(|process| fs::metadata(path(*process)).ok());
         self.unsure |= ours.is_none() || others.any(|other| Some(other.ino()) != ours);
+        let before = mem::replace(&mut self.listed, processes.to_vec());
+        for passed_over in mem::take(&mut self.passed_over) {
+            let both = processes.iter().filter(|process| before.contains(process));
+            self.unsure = self.unsure || !passed_over.are_of(both);
+        }
         self.unsure
     }
 
@@ -63,11 +100,46 @@ impl Births {
     }
 }
 
+impl Look {
+    /// It takes about a millisecond.
+    fn at(namespace: &File) -> io::Result<Self> {
+        let at = now();
+        Ok(Self { number: next_number(namespace)?, at })
+    }
+
+    /// Nothing if the numbers have started again.
+    fn passed_over_until(self, next: Self) -> Option<PassedOver> {
+        let first = self.number.checked_add(1).filter(|first| *first <= next.number)?;
+        Some(PassedOver { numbers: first..next.number, since: self.at })
+    }
+}
+
+impl PassedOver {
+    /// Whether living threads of those of these processes that were there before have all the numbers.
+    fn are_of<'a>(&self, processes: impl Iterator<Item = &'a Process>) -> bool {
+        if self.numbers.len() > MANY {
+            return false;
+        }
+        let old = processes.filter(|process| process.generation < self.since);
+        let threads = old.flat_map(|process| process::thread_numbers(process.pid));
+        let seen: BTreeSet<u32> = threads.filter(|number| self.numbers.contains(number)).collect();
+        seen.len() == self.numbers.len()
+    }
+}
+
+/// The [`Generation`] of a process that is started now.
+fn now() -> Generation {
+    let Timespec { tv_sec: seconds, tv_nsec: nanoseconds } = clock_gettime(ClockId::Boottime);
+    let ticks = clock_ticks_per_second();
+    let of_second = nanoseconds.unsigned_abs() * ticks / 1_000_000_000;
+    Generation(seconds.unsigned_abs() * ticks + of_second)
+}
+
 fn path(process: Process) -> String {
     format!("/proc/{}/ns/pid", process.pid)
 }
 
-/// The number that a process gets which is started in `namespace` now. It takes about a millisecond.
+/// The number that a process gets which is started in `namespace` now.
 fn next_number(namespace: &File) -> io::Result<u32> {
     let namespace = namespace.try_clone()?;
     // A thread that has changed where its children go is of no other use.
@@ -79,10 +151,7 @@ fn next_number(namespace: &File) -> io::Result<u32> {
         // It may have ended, and is there until it is waited for.
         let status = fs::read_to_string(format!("/proc/{}/status", child.id()));
         child.wait()?;
-        let status = status?;
-        let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
-        let number = numbers.and_then(|numbers| numbers.split_ascii_whitespace().last()?.parse().ok());
-        number.ok_or_else(|| io::Error::other("a process without a number"))
+        process::own_number(&status?).ok_or_else(|| io::Error::other("a process without a number"))
     });
     started.join().unwrap_or_else(|_| Err(io::Error::other("a thread died")))
 }
@@ -97,38 +166,88 @@ fn reclaimed() -> io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::process;
     use rustix::process::Pid;
-    use std::io::{BufRead, BufReader, Write};
+    use std::io::{BufRead, BufReader, Lines, Write};
+    use std::process::{Child, ChildStdin, ChildStdout};
+
+    /// A shell that is the first process of a pid namespace.
+    struct Shell {
+        outside: Child,
+        stdin: ChildStdin,
+        lines: Lines<BufReader<ChildStdout>>,
+    }
+
+    impl Shell {
+        fn start() -> Self {
+            let mut outside = Command::new("unshare")
+                .args(["--pid", "--fork", "--kill-child", "sh", "-c"])
+                .arg("while read line; do eval \"$line\"; echo ok; done")
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let (stdin, stdout) = (outside.stdin.take().unwrap(), outside.stdout.take().unwrap());
+            let mut shell = Self { outside, stdin, lines: BufReader::new(stdout).lines() };
+            shell.tell(":");
+            shell
+        }
+
+        fn tell(&mut self, line: &str) {
+            writeln!(self.stdin, "{line}").unwrap();
+            assert_eq!(self.lines.next().unwrap().unwrap(), "ok");
+        }
+
+        /// The next process has the number after that.
+        fn number_from(&mut self, last: u32) {
+            self.tell(&format!("echo {last} > /proc/sys/kernel/ns_last_pid"));
+        }
+
+        /// It, and its children.
+        fn processes(&self) -> Vec<Process> {
+            let mut all = children(Pid::from_child(&self.outside));
+            all.extend(children(all[0]));
+            all.into_iter().map(|pid| process::describe(pid).unwrap().unwrap()).collect()
+        }
+    }
+
+    impl Drop for Shell {
+        fn drop(&mut self) {
+            self.outside.kill().ok();
+            self.outside.wait().ok();
+        }
+    }
+
+    fn children(pid: Pid) -> Vec<Pid> {
+        let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+        text.split_ascii_whitespace().map(|pid| Pid::from_raw(pid.parse().unwrap()).unwrap()).collect()
+    }
+
+    fn wait_until_old(processes: &[Process]) {
+        while processes.iter().any(|process| process.generation >= now()) {
+            std::thread::yield_now();
+        }
+    }
+
+    /// What it has seen so far is forgiven.
+    fn looking_at(processes: &[Process]) -> Births {
+        let mut births = Births::of(processes);
+        births.look();
+        assert!(births.is_unsure(processes), "everything may have been before");
+        births.forgive();
+        births
+    }
 
     #[test]
     fn a_process_that_came_and_went_is_noticed_and_nothing_else_is() {
-        let mut shell = Command::new("unshare")
-            .args(["--pid", "--fork", "--kill-child", "sh", "-c", "while read line; do $line; echo ok; done"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let (mut stdin, stdout) = (shell.stdin.take().unwrap(), shell.stdout.take().unwrap());
-        let mut lines = BufReader::new(stdout).lines();
-        let mut tell = |line: &str| {
-            writeln!(stdin, "{line}").unwrap();
-            assert_eq!(lines.next().unwrap().unwrap(), "ok");
-        };
-        tell(":");
-        let children = format!("/proc/{0}/task/{0}/children", shell.id());
-        let first: i32 = fs::read_to_string(children).unwrap().trim().parse().unwrap();
-        let first = [process::describe(Pid::from_raw(first).unwrap()).unwrap().unwrap()];
-        let mut births = Births::of(&first);
-        assert!(births.is_unsure(&first), "nothing has been seen yet");
-        births.look();
-        births.forgive();
+        let mut shell = Shell::start();
+        let first = shell.processes();
+        let mut births = looking_at(&first);
         for _ in 0..3 {
             births.look();
-            tell(":");
+            shell.tell(":");
             assert!(!births.is_unsure(&first));
         }
-        tell("/bin/true");
+        shell.tell("/bin/true");
         assert!(!births.is_unsure(&first), "nobody has looked since");
         births.look();
         assert!(births.is_unsure(&first));
@@ -139,7 +258,53 @@ mod tests {
         assert!(!births.is_unsure(&first));
         let us = process::describe(rustix::process::getpid()).unwrap().unwrap();
         assert!(births.is_unsure(&[first[0], us]), "one of another namespace");
-        shell.kill().unwrap();
-        shell.wait().unwrap();
+    }
+
+    #[test]
+    fn numbers_that_are_passed_over_as_somebody_has_them_hide_nobody() {
+        let mut shell = Shell::start();
+        shell.tell("/bin/true; /bin/true; sleep 1000 & sleep 1000 &");
+        let all = shell.processes();
+        let numbers: Vec<_> = all.iter().map(|process| process.vpid.0).collect();
+        assert_eq!(numbers, [1, 4, 5]);
+        wait_until_old(&all);
+        shell.number_from(1);
+        let mut births = looking_at(&all);
+        births.look();
+        births.look();
+        assert_eq!(births.last.unwrap().number, 6, "2 and 3 are free");
+        assert!(!births.is_unsure(&all));
+
+        shell.number_from(2);
+        births.look();
+        assert!(births.is_unsure(&all), "numbers have started again");
+        births.forgive();
+        shell.tell("/bin/true");
+        births.look();
+        assert_eq!(births.last.unwrap().number, 7, "the one that has ended had 6");
+        assert!(births.is_unsure(&all), "one of three numbers is nobody's");
+    }
+
+    #[test]
+    fn a_process_that_is_new_may_have_done_something_before() {
+        let mut shell = Shell::start();
+        let first = shell.processes();
+        let mut births = looking_at(&first);
+        births.look();
+        shell.tell("sleep 1000 &");
+        let all = shell.processes();
+        assert!(!births.is_unsure(&all), "its number is seen the next time");
+        births.look();
+        assert!(births.is_unsure(&all), "listed both times, but born after the first look");
+        births.forgive();
+        // It is there at the next look, but is not listed after it.
+        wait_until_old(&all);
+        shell.number_from(2);
+        births.look();
+        assert!(births.is_unsure(&first));
+        births.forgive();
+        births.look();
+        assert_eq!(births.last.unwrap().number, 5, "4 is passed over");
+        assert!(births.is_unsure(&all));
     }
 }

@@ -179,17 +179,26 @@ pub fn describe(pid: Pid) -> Result<Option<Process>, ListError> {
     let Some(status) = read_of(pid, "status")? else { return Ok(None) };
     let Some(stat) = read_of(pid, "stat")? else { return Ok(None) };
     let format = |name: &str| ListError::Format { path: PathBuf::from(format!("/proc/{pid}/{name}")) };
-    let vpid = status
-        .lines()
-        .find_map(|line| line.strip_prefix("NSpid:"))
-        .and_then(|numbers| numbers.split_ascii_whitespace().last()?.parse().ok())
-        .ok_or_else(|| format("status"))?;
+    let vpid = own_number(&status).ok_or_else(|| format("status"))?;
     // Field 22, and the name in field 2 may contain spaces and parentheses.
     let start = stat
         .rsplit_once(") ")
         .and_then(|(_, fields)| fields.split(' ').nth(19)?.parse().ok())
         .ok_or_else(|| format("stat"))?;
     Ok(Some(Process { pid, vpid: Vpid(vpid), generation: Generation(start) }))
+}
+
+/// The id in its innermost pid namespace of the task that has this `status`.
+pub(crate) fn own_number(status: &str) -> Option<u32> {
+    let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
+    numbers.split_ascii_whitespace().last()?.parse().ok()
+}
+
+/// The ids of the threads of `pid` in its innermost pid namespace, of all of which something can be known.
+pub(crate) fn thread_numbers(pid: Pid) -> Vec<u32> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let statuses = threads.filter_map(|thread| fs::read_to_string(thread.path().join("status")).ok());
+    statuses.filter_map(|status| own_number(&status)).collect()
 }
 
 fn read_of(pid: Pid, name: &str) -> Result<Option<String>, ListError> {

@@ -172,6 +172,29 @@ fn shared_memory_that_nobody_writes_to_is_not_sent_again() {
 }
 
 #[test]
+fn shared_memory_is_not_sent_again_as_threads_start_or_as_numbers_of_processes_are_taken() {
+    if cannot_write_protect() {
+        return;
+    }
+    let mut target = Target::start_apart();
+    target.tell("shared 0 2000; write 0 0 1000; fork; map 1 10; write 1 0 10");
+    let mut moving = Move::begin(target, Box::new(WriteProtect::new().unwrap()), TransferPolicy::All);
+    moving.round();
+    // That of a thread is a page or two.
+    moving.tell("crowd 30; write 0 100 7");
+    let written = moving.round().dirty_pages;
+    assert!((37..120).contains(&written), "{written}");
+    // From here on the numbers are lower again, until those of the threads are passed over.
+    moving.tell("numbers 1");
+    assert!(moving.round().dirty_pages >= 1000);
+    for _ in 0..3 {
+        let idle = moving.round();
+        assert!(idle.dirty_pages < 20, "{idle:?}");
+    }
+    moving.finish();
+}
+
+#[test]
 fn a_final_round_that_came_to_nothing_leaves_the_account_of_a_memfd_as_it_was() {
     if cannot_write_protect() {
         return;
