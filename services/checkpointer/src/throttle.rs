@@ -1,7 +1,7 @@
 //! Slowing a container down: its cgroup's quota of processor time, version 1 (`cpu.cfs_quota_us`) or 2 (`cpu.max`).
 //!
 //! What the quota was is written down before it is changed, and put back by [`unthrottle`], or when the service starts:
-//! a container must not stay slow because its migration was forgotten.
+//! a container must not stay slow because its migration was forgotten. A quota that somebody else has set meanwhile stays.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -37,6 +37,9 @@ struct Notes {
     /// What the container used in a period when it was not yet slowed down, in microseconds.
     used: u64,
     period: u64,
+    /// What we have written to the file, from before it was.
+    #[serde(default)]
+    written: Vec<String>,
 }
 
 pub(crate) async fn throttle(
@@ -50,17 +53,15 @@ pub(crate) async fn throttle(
     blocking(move || {
         let path = dir.join(FILE);
         let known = notes::read::<Notes>(&path).map_err(fault(THROTTLE))?;
-        let notes = match known {
+        let mut notes = match known {
             Some(notes) if notes.container == ask.container => notes,
             Some(_) => return Err(Fault::new(code::MALFORMED, "the migration was of another container")),
             None => {
                 let cgroup = bundle(&captured.spec.id, captured.state.pid)?.cgroup;
-                let notes = Notes::of(ask.container, &cgroup).map_err(fault(THROTTLE))?;
-                notes::write(&path, &notes).map_err(fault(THROTTLE))?;
-                notes
+                Notes::of(ask.container, &cgroup).map_err(fault(THROTTLE))?
             }
         };
-        notes.keep(ask.keep).map_err(fault(THROTTLE))?;
+        notes.keep(ask.keep, &path).map_err(fault(THROTTLE))?;
         Ok(Throttled {})
     })
     .await
@@ -95,11 +96,10 @@ pub(crate) fn end_all(config: &HostConfig) {
 /// Puts the quota back and forgets it. Harmless when there is nothing to put back, or nobody to give it to.
 fn end(dir: &Path) -> io::Result<()> {
     let Some(notes) = notes::read::<Notes>(&dir.join(FILE))? else { return Ok(()) };
-    match fs::write(&notes.file, &notes.before) {
-        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
-        _ => {}
+    match notes.put_back() {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+        _ => notes::remove(dir, &[FILE]),
     }
-    notes::remove(dir, &[FILE])
 }
 
 impl Notes {
@@ -124,15 +124,27 @@ impl Notes {
         std::thread::sleep(SAMPLE);
         let used = used(&usage)?.saturating_sub(first);
         let elapsed = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX).max(1);
-        Ok(Self { container, file, before, used: used.saturating_mul(period) / elapsed, period })
+        let used = used.saturating_mul(period) / elapsed;
+        Ok(Self { container, file, before, used, period, written: Vec::new() })
     }
 
-    /// Leaves the container so many percent of what it used.
-    fn keep(&self, percent: u8) -> io::Result<()> {
+    /// Leaves the container so many percent of what it used, and notes that at `path` first.
+    fn keep(&mut self, percent: u8, path: &Path) -> io::Result<()> {
         let quota = (self.used.saturating_mul(percent.into()) / 100).max(LEAST_QUOTA);
-        match self.before.contains(' ') {
-            true => fs::write(&self.file, format!("{quota} {}", self.period)),
-            false => fs::write(&self.file, quota.to_string()),
+        let text = match self.before.contains(' ') {
+            true => format!("{quota} {}", self.period),
+            false => quota.to_string(),
+        };
+        self.written.push(text.clone());
+        notes::write(path, self)?;
+        fs::write(&self.file, text)
+    }
+
+    fn put_back(&self) -> io::Result<()> {
+        let now = fs::read_to_string(&self.file)?;
+        match self.written.iter().any(|ours| ours == now.trim()) {
+            true => fs::write(&self.file, &self.before),
+            false => Ok(()),
         }
     }
 }
@@ -156,27 +168,31 @@ mod tests {
 
     fn noted(file: PathBuf, before: &str) -> Notes {
         let container = "c0ffee".repeat(10).parse().unwrap();
-        Notes { container, file, before: before.to_owned(), used: 80_000, period: 100_000 }
+        let (used, period, written) = (80_000, 100_000, Vec::new());
+        Notes { container, file, before: before.to_owned(), used, period, written }
     }
 
     #[test]
     fn a_share_is_of_what_was_used_in_either_version() {
         let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("quota");
-        noted(file.clone(), "-1").keep(25).unwrap();
-        assert_eq!(fs::read_to_string(&file).unwrap(), "20000");
-        noted(file.clone(), "max 100000").keep(50).unwrap();
-        assert_eq!(fs::read_to_string(&file).unwrap(), "40000 100000");
-        noted(file.clone(), "-1").keep(0).unwrap();
-        assert_eq!(fs::read_to_string(&file).unwrap(), "1000");
+        let (home, file) = (dir.path().join("migration"), dir.path().join("quota"));
+        for (before, keep, quota) in
+            [("-1", 25, "20000"), ("max 100000", 50, "40000 100000"), ("-1", 0, "1000")]
+        {
+            noted(file.clone(), before).keep(keep, &home.join(FILE)).unwrap();
+            assert_eq!(fs::read_to_string(&file).unwrap(), quota);
+        }
     }
 
     #[test]
     fn what_was_noted_is_put_back_once_and_a_cgroup_that_is_gone_is_no_error() {
         let dir = tempfile::tempdir().unwrap();
         let (home, file) = (dir.path().join("migration"), dir.path().join("quota"));
-        fs::write(&file, "20000").unwrap();
-        notes::write(&home.join(FILE), &noted(file.clone(), "-1")).unwrap();
+        let mut notes = noted(file.clone(), "-1");
+        notes.keep(50, &home.join(FILE)).unwrap();
+        // The next step was noted and not made.
+        notes.written.push("20000".to_owned());
+        notes::write(&home.join(FILE), &notes).unwrap();
         end(&home).unwrap();
         assert_eq!(fs::read_to_string(&file).unwrap(), "-1");
         assert!(!home.exists());
@@ -185,6 +201,17 @@ mod tests {
         assert_eq!(fs::read_to_string(&file).unwrap(), "5");
         notes::write(&home.join(FILE), &noted(dir.path().join("gone/quota"), "-1")).unwrap();
         end(&home).unwrap();
+        assert!(!home.exists());
+    }
+
+    #[test]
+    fn a_quota_that_somebody_else_has_set_meanwhile_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let (home, file) = (dir.path().join("migration"), dir.path().join("quota"));
+        noted(file.clone(), "max 100000").keep(50, &home.join(FILE)).unwrap();
+        fs::write(&file, "150000 100000\n").unwrap();
+        end(&home).unwrap();
+        assert_eq!(fs::read_to_string(&file).unwrap(), "150000 100000\n");
         assert!(!home.exists());
     }
 }
