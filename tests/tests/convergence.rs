@@ -37,7 +37,7 @@ fn a_redis_moves_whole_under_every_policy() -> Result<()> {
             let fixed = moved.result.pointer("/facts/fixed/moves").and_then(Value::as_u64).unwrap_or(0);
             ensure!(fixed == moves, "{policy}: {}", moved.result);
             let told = fleet.haul(&["show", &moved.id])?.stdout;
-            let origin = if moves > 0 { "as in the last move between these hosts" } else { "assumed" };
+            let origin = if moves > 0 { "by the last move between these hosts" } else { "assumed" };
             ensure!(told.contains(origin), "{told}");
             ensure!(told.contains(&format!("policy {policy}")) && told.contains("withheld"), "{told}");
             println!("{told}");

@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use haulage_migration::fixed::{Costs, Fixed};
+use haulage_migration::fixed::{Costs, Fixed, Shape};
 use haulage_migration::plan::{Prediction, predict};
 use haulage_protocol::checkpointer::{Inspect, Inspected, Locate};
 use haulage_protocol::fault::{Fault, code};
@@ -55,7 +55,7 @@ pub(crate) async fn run(nats: &Nats, wanted: args::Plan) -> Result<(), Failure> 
     }
     let costs: Table<Costs> = Table::open(nats, subject::COSTS).await?;
     let known = costs.get(&subject::cost_key(&source, &wanted.to)).await?;
-    let fixed = known.map(|(costs, _)| costs.fixed()).unwrap_or_default();
+    let fixed = known.map(|(costs, _)| costs.fixed()).unwrap_or_default().of(Shape::from(&inspected));
     let checked = asker.ask(&wanted.to, 3, Check::from(&inspected)).await?;
     let time = Micros(wanted.sample.saturating_mul(1_000_000));
     let sample = SampleWrites { cgroup_procs: inspected.cgroup_procs.clone(), time };

@@ -2,7 +2,7 @@
 //! Nothing but forecasts depends on it.
 
 use haulage_migration::Migration;
-use haulage_migration::fixed::{Costs, Fixed, cost_of};
+use haulage_migration::fixed::{Costs, Fixed, Shape, cost_of};
 use haulage_protocol::id::HostId;
 use haulage_protocol::subject;
 use haulage_service::chain;
@@ -31,16 +31,17 @@ impl CostTable {
     /// Notes what a migration that is over has cost.
     pub(crate) async fn note(&self, record: &Migration) {
         let Some((cost, from)) = cost_of(record).zip(record.source()) else { return };
+        let Some(shape) = record.facts.inspected.as_ref().map(Shape::from) else { return };
         let key = subject::cost_key(from, &record.job.to);
         let noted = async {
             match self.table.get(&key).await? {
                 Some((mut costs, revision)) => {
-                    costs.note(cost);
+                    costs.note(cost, shape);
                     self.table.update(&key, &costs, revision).await.map(drop)
                 }
                 None => {
                     let mut costs = Costs::default();
-                    costs.note(cost);
+                    costs.note(cost, shape);
                     self.table.create(&key, &costs).await.map(drop)
                 }
             }

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::converge::{Convergence, Slowdown};
 use crate::effect::Effect;
-use crate::fixed::Fixed;
+use crate::fixed::{Fixed, Shape};
 use crate::pace::{Ago, Pacing, pacing};
 use crate::phase::Phase;
 
@@ -69,7 +69,7 @@ pub struct Facts {
     /// What it was called when it was found; an operator may have named it by its id.
     #[serde(default)]
     pub name: Option<String>,
-    /// What earlier moves between the two hosts say of the switch.
+    /// What earlier moves between the two hosts say of a small container's switch.
     #[serde(default)]
     pub fixed: Option<Fixed>,
     /// What it is.
@@ -201,10 +201,11 @@ impl Migration {
         began.map_or(Micros(0), |(_, at)| now.since(*at))
     }
 
-    /// What the switch is taken to cost besides memory.
+    /// What this container's switch is taken to cost besides memory.
     #[must_use]
     pub fn fixed(&self) -> Fixed {
-        self.facts.fixed.unwrap_or_default()
+        let shape = self.facts.inspected.as_ref().map_or(Shape::SMALL, Shape::from);
+        self.facts.fixed.unwrap_or_default().of(shape)
     }
 
     /// When the next round begins, seen from `now`. Clocks of different hosts are not compared: a round has begun as
