@@ -1,7 +1,9 @@
 //! The marks: what the figures should be, what they are, and whether that will do.
 
-use crate::bench::cell::Engine;
-use crate::bench::plan::{FIXED, GROWTH, POLICIES, READ_MOSTLY, REDIS, TAX, UNSHAPED};
+use crate::bench::cell::{Engine, Kind, Workload, Writer};
+use crate::bench::plan::{
+    FIXED, GROWTH, LIMIT, LIMITED, LIMITED_BY, POLICIES, READ_MOSTLY, REDIS, TAX, UNSHAPED,
+};
 use crate::bench::sample::{Results, Runs, Sample};
 use crate::bench::stats::{Summary, figure};
 use serde::Serialize;
@@ -54,6 +56,7 @@ pub fn all(results: &Results) -> Vec<Mark> {
     marks.extend(policies(results));
     marks.push(amplification(results));
     marks.push(page_path(results));
+    marks.push(bandwidth(results));
     marks.push(tax(results));
     marks.push(memory(results));
     marks
@@ -125,11 +128,17 @@ fn worst(all: Vec<(f64, String)>, else_: &str) -> Result<(f64, String), String> 
     all.into_iter().max_by(|(a, _), (b, _)| a.total_cmp(b)).ok_or_else(|| else_.to_owned())
 }
 
+/// Whether the fixed cost is that of [`FIXED`]: more processes, and memory that they share, cost more.
+fn costs_the_same(workload: &Workload) -> bool {
+    matches!(workload, Workload::Writer(Writer { processes: 1, kind: Kind::Private, .. }))
+}
+
 fn bound(results: &Results) -> Mark {
     let freeze = |cell: &str| summary(results, cell, OURS, |sample| sample.moved.freeze);
     let found = freeze(FIXED).and_then(|fixed| {
-        let all = results.cells.iter().filter_map(|outcome| {
-            let (bound, name) = (outcome.bound.filter(|bound| *bound > 0.0)?, outcome.cell.name);
+        let all = results.cells.iter().filter(|outcome| costs_the_same(&outcome.cell.workload));
+        let all = all.filter_map(|outcome| {
+            let (bound, name) = (outcome.bound?, outcome.cell.name);
             let found = freeze(name).ok()?.median;
             let what = format!("{name}: {found:.0} ms against {bound:.0} + {:.0} ms", fixed.median);
             Some((found / (bound + fixed.median), what))
@@ -194,6 +203,14 @@ fn page_path(results: &Results) -> Mark {
     )
 }
 
+fn bandwidth(results: &Results) -> Mark {
+    let found = summary(results, LIMITED, LIMITED_BY, |sample| sample.moved.page_path).map(|path| {
+        let off = 100.0 * (path.median / LIMIT - 1.0);
+        (format!("{off:+.1} % ({:.1} of {:.1} MB/s)", path.median / 1e6, LIMIT / 1e6), off.abs() <= 5.0)
+    });
+    Mark::new("memory under --bandwidth, against the limit", "within 5 %", found)
+}
+
 fn tax(results: &Results) -> Mark {
     let found = summary(results, TAX, OURS, Sample::repeated_tax).and_then(|tax| {
         let all = summary(results, TAX, OURS, Sample::tax)?;
@@ -229,7 +246,7 @@ fn memory(results: &Results) -> Mark {
 /// Every cell that a mark asks for by name must be in the full plan.
 #[must_use]
 pub fn cells() -> Vec<&'static str> {
-    let single = [REDIS, FIXED, UNSHAPED, TAX];
+    let single = [REDIS, FIXED, UNSHAPED, TAX, LIMITED];
     single.iter().chain(&GROWTH).chain(&POLICIES).chain(&READ_MOSTLY).copied().collect()
 }
 

@@ -30,9 +30,16 @@ pub const READ_MOSTLY: [&str; 3] = [FIXED, "grow-1g", "grow-4g"];
 pub const TAX: &str = "redis-tax";
 /// Rounds a second apart, and a downtime that no switch keeps, so that there are some of them.
 const A_ROUND_A_SECOND: &[&str] = &["--round-interval", "1000", "--max-downtime", "1"];
+/// A limit on what the migration takes of the link, in bytes per second, which all memory keeps to in one round.
+pub const LIMITED: &str = "limited-256";
+/// As [`LIMITED`] has it.
+pub const LIMIT: f64 = 50e6;
+const FIFTY_MEGABYTES: &[&str] = &["--bandwidth", "50MB/s"];
 /// Nothing but the page path limits the first round.
 pub const UNSHAPED: &str = "unshaped-1g";
 
+/// The policy with which the first round sends all.
+pub const LIMITED_BY: Engine = ALL;
 const HAUL: Engine = Engine::Haul(None);
 const HISTORY: Engine = Engine::Haul(Some("history"));
 const PHAUL: Engine = Engine::Haul(Some("phaul"));
@@ -109,6 +116,7 @@ pub fn full() -> Plan {
         hot(hot20_half, 200, 0.5, &policies),
         Cell { haul: A_ROUND_A_SECOND, ..redis(TAX, 256, RedisLoad::Incr, 180, &[(HAUL, 10)]) },
         idle(UNSHAPED, Link::Unshaped, 1024, 90, &[(HAUL, 10)]),
+        Cell { haul: FIFTY_MEGABYTES, ..idle(LIMITED, TEN_GIGABIT, 256, 60, &[(LIMITED_BY, 3)]) },
         hot(hot5_most, 50, 0.9, &policies),
         hot(hot20_most, 200, 0.9, &policies),
         idle(grow_256, TEN_GIGABIT, 256, 60, &[(HAUL, 5), (Engine::Runc, 3)]),
