@@ -61,7 +61,7 @@ fn what_is_hard_to_move_arrives_whole() -> Result<()> {
 #[test]
 fn what_cannot_be_dumped_is_refused_before_anything_is_touched() -> Result<()> {
     system(&Fleet::builder(), |fleet| {
-        let mut kinds = vec!["userfaultfd", "io_uring", "traced"];
+        let mut kinds = vec!["userfaultfd", "io_uring", "traced", "leader_exited"];
         if frozen_by_v1() {
             kinds.push("stopped");
         }

@@ -18,7 +18,7 @@
  *                the locks of the other, as databases have it
  *   stopped      a child that is stopped by a signal (SIGSTOP), has been waited for, and goes on when it is told to
  *   unmapped_locked  the same with a file that no process has mapped
- * and such as cannot be moved: userfaultfd, io_uring, traced, and a memfd that is passed: its descriptor is in a socket, and
+ * and such as cannot be moved: userfaultfd, io_uring, traced, leader_exited, and a memfd that is passed: its descriptor is in a socket, and
  * nobody takes it out.
  *
  * It prints, as dirtier does,
@@ -630,12 +630,17 @@ int main(int argc, char **argv) {
 	} else if (!strcmp(kind, "io_uring")) {
 		struct io_uring_params params = { 0 };
 		if (syscall(SYS_io_uring_setup, 8, &params) < 0) die("io_uring");
+	} else if (!strcmp(kind, "leader_exited")) {
+		pthread_t thread;
+		pid_t child = fork();
+		if (child < 0 || (!child && pthread_create(&thread, NULL, wait_in_vain, NULL))) die("leader");
+		if (!child) pthread_exit(NULL);
 	} else if (!strcmp(kind, "traced")) {
 		pid_t child = fork();
 		if (!child) for (;;) pause();
 		if (child < 0 || ptrace(PTRACE_SEIZE, child, 0, 0)) die("ptrace");
 	} else {
-		fprintf(stderr, "usage: hardship sparse|crowd|stopped|guard|churn|direct|tmpfs|sealed|locked|owned|described|file_locked|unmapped_locked|record_locked|passed|userfaultfd|io_uring|traced\n");
+		fprintf(stderr, "usage: hardship sparse|crowd|stopped|guard|churn|direct|tmpfs|sealed|locked|owned|described|file_locked|unmapped_locked|record_locked|passed|userfaultfd|io_uring|traced|leader_exited\n");
 		return 2;
 	}
 	for (int answered = 0;;) {

@@ -11,6 +11,7 @@ const TRACED: FaultCode = FaultCode::known("traced");
 const USERFAULTFD: FaultCode = FaultCode::known("userfaultfd");
 const IO_URING: FaultCode = FaultCode::known("io_uring");
 const RDMA: FaultCode = FaultCode::known("rdma");
+const LEADER_EXITED: FaultCode = FaultCode::known("leader_exited");
 const STOPPED: FaultCode = FaultCode::known("stopped");
 
 /// How long an obstacle must last: the page-shipper's own injection, for a plan or for this migration, looks like one
@@ -58,6 +59,9 @@ fn refusal(found: &Found) -> Fault {
             (USERFAULTFD, "stop the program that uses it, or run it without userfaultfd")
         }
         Obstacle::IoUring => (IO_URING, "configure the program not to use io_uring"),
+        Obstacle::LeaderExited => {
+            (LEADER_EXITED, "have the program's first thread wait for the others (no pthread_exit in main)")
+        }
         Obstacle::Stopped => {
             (STOPPED, "have it go on (kill -CONT), or move it from a host with cgroup version 2")
         }

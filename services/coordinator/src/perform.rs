@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use haulage_migration::pace::Pacing;
-use haulage_migration::{Effect, Migration, Phase, Success, allowance, forecast};
+use haulage_migration::{Effect, Migration, Phase, Success, allowance, forecast, time_left};
 use haulage_protocol::checkpointer::{
     Commit, Confirm, Dump, Freeze, Inspect, Inspected, Locate, Located, Network, PrepareFreeze, RollBack,
     SourceRoot, SourceTmpfs, Throttle, Unthrottle,
@@ -193,7 +193,8 @@ impl Ask<'_> {
     fn round(&self, round: Round) -> RunRound {
         let (rounds, options) = (&self.record.facts.rounds, &self.record.job.options);
         let fixed = self.record.fixed().cost;
-        let Pacing { interval, pause } = self.record.pacing(now());
+        let now = now();
+        let Pacing { interval, pause } = self.record.pacing(now);
         RunRound {
             round,
             rate: forecast(rounds, fixed).rate,
@@ -201,6 +202,7 @@ impl Ask<'_> {
             last: self.record.phase == Phase::Settle,
             pause,
             interval,
+            within: time_left(options, self.record.pre_copied(now)),
         }
     }
 

@@ -133,7 +133,8 @@ pub(crate) async fn round(
     #[allow(clippy::cast_precision_loss, reason = "an estimate")]
     let rate = ask.rate.map(|pages| pages.0 as f64);
     let interval = Duration::from_micros(ask.interval.0);
-    let pace = Pace { rate, allowance: ask.allowance.0, last: ask.last, interval };
+    let within = ask.within.map(|within| Duration::from_micros(within.since(ask.pause).0));
+    let pace = Pace { rate, allowance: ask.allowance.0, last: ask.last, interval, within };
     // A round that is to last has no haste.
     let modest = !ask.last && ask.interval > Micros(0);
     let shipped = lanes.ship(engine, modest, move |engine, sink| engine.round(pace, sink));

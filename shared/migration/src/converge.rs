@@ -206,7 +206,7 @@ pub fn decide(
     fixed: Micros,
     elapsed: Micros,
 ) -> Decision {
-    if options.policy == Policy::Phaul {
+    if options.policy == Policy::Phaul && time_left(options, elapsed) != Some(Micros(0)) {
         return if phaul_goes_on(rounds) { Decision::Again } else { Decision::Freeze(Why::Phaul) };
     }
     // What is left when it is prepared is sent afterwards.
@@ -242,7 +242,7 @@ pub fn settle(
     if settled.is_empty() {
         return Decision::Again;
     }
-    if options.policy == Policy::Phaul {
+    if options.policy == Policy::Phaul && time_left(options, elapsed) != Some(Micros(0)) {
         return Decision::Freeze(Why::Phaul);
     }
     if predicted(rounds, fixed) <= aim(options, fixed) {
@@ -322,6 +322,14 @@ pub(crate) fn is_strict(options: &Options) -> bool {
 /// Whether any container could keep that downtime: one that writes nothing could.
 fn is_possible(options: &Options, fixed: Micros) -> bool {
     aim(options, fixed) >= fixed
+}
+
+/// How long rounds may go on after `elapsed`, where what is left then does not go in the freeze. Else the first copy is
+/// made whole, whatever the deadline: without it the freeze would take as long.
+#[must_use]
+pub fn time_left(options: &Options, elapsed: Micros) -> Option<Micros> {
+    let deadline = Micros(options.deadline_ms?.saturating_mul(1000));
+    (is_strict(options) || options.post_copy).then(|| deadline.since(elapsed))
 }
 
 fn is_late(options: &Options, elapsed: Micros) -> bool {

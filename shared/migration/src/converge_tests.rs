@@ -207,6 +207,32 @@ fn the_default_aims_at_what_is_within_reach_and_what_was_asked_for_is_what_was_a
 }
 
 #[test]
+fn rounds_end_with_the_deadline_where_what_is_left_does_not_go_in_the_freeze() {
+    let in_time = Options { deadline_ms: Some(2000), ..with("all") };
+    let strict = Options { max_downtime_ms: Some(150), ..in_time.clone() };
+    let post_copy = Options { post_copy: true, ..in_time.clone() };
+    let second = Micros(1_000_000);
+    assert_eq!(time_left(&strict, second), Some(second));
+    assert_eq!(time_left(&strict, Micros(3_000_000)), Some(Micros(0)));
+    assert_eq!(time_left(&post_copy, second), Some(second));
+    assert_eq!(time_left(&in_time, second), None, "the first copy is made whole");
+    assert_eq!(time_left(&Options { deadline_ms: None, ..strict }, second), None);
+}
+
+#[test]
+fn a_deadline_binds_phaul_too() {
+    let strict = Options { max_downtime_ms: Some(150), deadline_ms: Some(2000), ..with("phaul") };
+    let rounds = [round(0, 65536, 9000), round(1, 9000, 9000)];
+    let decided = |elapsed| {
+        let elapsed = Micros(elapsed);
+        (decide(&rounds, &[], &strict, FIXED, elapsed), settle(&rounds, 1, &[], &strict, FIXED, elapsed))
+    };
+    assert_eq!(decided(1_000_000), (Decision::Again, Decision::Freeze(Why::Phaul)));
+    let refused = Decision::Refuse(Why::Deadline);
+    assert_eq!(decided(2_000_000), (refused, refused));
+}
+
+#[test]
 fn phaul_stops_by_its_own_rule() {
     let goes_on = |dirty: &[u64]| {
         let rounds: Vec<_> = dirty.iter().zip(0..).map(|(dirty, n)| round(n, *dirty, 1 << 30)).collect();

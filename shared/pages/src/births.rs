@@ -5,14 +5,15 @@
 //! gives them in ascending order in each pid namespace, so a process that we start in the container's, only to see its
 //! number, has the number after that of the one before if there was nobody in between. Nothing of it stays.
 //!
-//! Numbers that were passed over mean nothing where living threads have them, of processes that were there at the look
-//! before and listed after it: either the numbers were taken all the time, or the threads are new, and write by the page
-//! tables of their process. A new process may have written and then given up its memory (`execve`).
+//! Numbers that were passed over mean nothing where threads have them of processes that were there at the look before and
+//! listed after it: either the numbers were taken all the time, or the threads are new, and write by the page tables of
+//! their process. A new process may have written and then given up its memory (`execve`). Whoever may choose numbers
+//! (`clone3` with `set_tid`, `ns_last_pid`) can hide a process.
 //!
 //! Nor do page tables tell of a write if the kernel has taken the page out of them since, to make room; it counts the
 //! pages that it looks at for that.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
 use std::mem;
@@ -25,22 +26,24 @@ use rustix::param::clock_ticks_per_second;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use rustix::time::{ClockId, Timespec, clock_gettime};
 
-use crate::process::{self, Generation, Process};
+use crate::process::{self, Generation, Process, Vpid};
 
 /// A program that does nothing; every system has one.
 const PROGRAM: &str = "true";
 
-/// Of more numbers than that nobody is looked for.
+/// Whose more numbers are is not looked for.
 const MANY: usize = 4096;
 
-/// Looks at a container's pid namespace and at the kernel's counter. Until both have been seen twice without a change,
-/// anything may have happened.
+/// Looks at a container's pid namespace and at the kernel's counter. Until both have been seen twice, anything may have
+/// happened.
 #[derive(Debug, Default)]
 pub(crate) struct Births {
     namespace: Option<File>,
     last: Option<Look>,
-    listed: Vec<Process>,
-    passed_over: Vec<PassedOver>,
+    /// Numbers that were passed over, each with the time of the look before that.
+    passed_over: BTreeMap<u32, Generation>,
+    /// Who was there when it was last asked.
+    listed: BTreeMap<Vpid, Process>,
     reclaimed: Option<u64>,
     unsure: bool,
 }
@@ -50,13 +53,6 @@ pub(crate) struct Births {
 struct Look {
     number: u32,
     at: Generation,
-}
-
-/// Numbers that were given out or had been before, since a look.
-#[derive(Debug)]
-struct PassedOver {
-    numbers: Range<u32>,
-    since: Generation,
 }
 
 impl Births {
@@ -69,10 +65,13 @@ impl Births {
     /// Looks again. Processes must be listed after this.
     pub(crate) fn look(&mut self) {
         let look = self.namespace.as_ref().and_then(|namespace| Look::at(namespace).ok());
-        match self.last.zip(look).and_then(|(last, look)| last.passed_over_until(look)) {
-            Some(passed_over) if passed_over.numbers.is_empty() => {}
-            Some(passed_over) => self.passed_over.push(passed_over),
-            None => self.unsure = true,
+        let since_last =
+            self.last.zip(look).and_then(|(last, look)| Some((last.at, last.passed_over(look)?)));
+        match since_last {
+            Some((since, numbers)) if numbers.len() + self.passed_over.len() <= MANY => {
+                self.passed_over.extend(numbers.map(|number| (number, since)));
+            }
+            _ => self.unsure = true,
         }
         let reclaimed = reclaimed().ok();
         self.unsure |= reclaimed.is_none() || reclaimed != self.reclaimed;
@@ -86,11 +85,17 @@ impl Births {
         // One that has ended since it was listed is missed by whoever compares mappings.
         let mut others = processes.iter().filter_map(|process| fs::metadata(path(*process)).ok());
         self.unsure |= ours.is_none() || others.any(|other| Some(other.ino()) != ours);
-        let before = mem::replace(&mut self.listed, processes.to_vec());
-        for passed_over in mem::take(&mut self.passed_over) {
-            let both = processes.iter().filter(|process| before.contains(process));
-            self.unsure = self.unsure || !passed_over.are_of(both);
+        let mut unknown = mem::take(&mut self.passed_over);
+        for process in processes {
+            if self.unsure || unknown.is_empty() {
+                break;
+            }
+            if self.listed.get(&process.vpid) == Some(process) {
+                process.claim(&mut unknown);
+            }
         }
+        self.unsure |= !unknown.is_empty();
+        self.listed = processes.iter().map(|process| (process.vpid, *process)).collect();
         self.unsure
     }
 
@@ -107,23 +112,23 @@ impl Look {
         Ok(Self { number: next_number(namespace)?, at })
     }
 
-    /// Nothing if the numbers have started again.
-    fn passed_over_until(self, next: Self) -> Option<PassedOver> {
+    /// Numbers between this one and the next. None if they have started again.
+    fn passed_over(self, next: Self) -> Option<Range<u32>> {
         let first = self.number.checked_add(1).filter(|first| *first <= next.number)?;
-        Some(PassedOver { numbers: first..next.number, since: self.at })
+        Some(first..next.number)
     }
 }
 
-impl PassedOver {
-    /// Whether living threads of those of these processes that were there before have all the numbers.
-    fn are_of<'a>(&self, processes: impl Iterator<Item = &'a Process>) -> bool {
-        if self.numbers.len() > MANY {
-            return false;
+impl Process {
+    /// Takes the numbers of its threads out of `unknown`, where it is older.
+    fn claim(self, unknown: &mut BTreeMap<u32, Generation>) {
+        let numbers = process::thread_numbers(self.pid);
+        let is_ours = |number: &u32| unknown.get(number).is_some_and(|since| self.generation < *since);
+        let ours: BTreeSet<u32> = numbers.filter(is_ours).collect();
+        // Its place in /proc may be somebody else's by now.
+        if process::describe(self.pid).is_ok_and(|now| now == Some(self)) {
+            unknown.retain(|number, _| !ours.contains(number));
         }
-        let old = processes.filter(|process| process.generation < self.since);
-        let threads = old.flat_map(|process| process::thread_numbers(process.pid));
-        let seen: BTreeSet<u32> = threads.filter(|number| self.numbers.contains(number)).collect();
-        seen.len() == self.numbers.len()
     }
 }
 

@@ -7,7 +7,7 @@ use std::io;
 use haulage_sys::Pid;
 
 use crate::maps::{Maps, MapsError};
-use crate::process::Process;
+use crate::process::{self, Process};
 
 /// Why a process cannot be dumped.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,6 +25,8 @@ pub enum Obstacle {
     IoUring,
     /// It has opened or mapped an RDMA device, which writes to its memory unseen.
     Rdma,
+    /// Its first thread has ended, others run on: the kernel shows nothing of it, and CRIU dumps no such process.
+    LeaderExited,
     /// A signal has stopped it (SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU): see [`first_stopped`].
     Stopped,
 }
@@ -36,6 +38,7 @@ impl fmt::Display for Obstacle {
             Self::Userfaultfd => f.write_str("uses userfaultfd"),
             Self::IoUring => f.write_str("uses io_uring"),
             Self::Rdma => f.write_str("uses an RDMA device"),
+            Self::LeaderExited => f.write_str("runs on although its first thread has ended"),
             Self::Stopped => f.write_str("is stopped by a signal"),
         }
     }
@@ -134,6 +137,9 @@ fn of(process: Process) -> Result<Option<Obstacle>, MapsError> {
         Err(error) if error.is_gone() => return Ok(None),
         Err(error) => return Err(error),
     };
+    if maps.regions().is_empty() && process::is_without_leader(process.pid) {
+        return Ok(Some(Obstacle::LeaderExited));
+    }
     let mapped = maps.regions().iter().find_map(|region| told_by(&region.name));
     Ok(mapped.or_else(|| opened(process)).or_else(|| traced(process)))
 }

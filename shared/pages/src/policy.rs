@@ -33,6 +33,8 @@ pub struct Pace {
     pub last: bool,
     /// The next round begins no sooner after the beginning of this one: it may send for as long.
     pub interval: Duration,
+    /// It ends after that time, with what it has sent.
+    pub within: Option<Duration>,
 }
 
 /// How many pages of each pattern a round may send.

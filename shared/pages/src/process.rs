@@ -195,10 +195,21 @@ pub(crate) fn own_number(status: &str) -> Option<u32> {
 }
 
 /// The ids of the threads of `pid` in its innermost pid namespace, of all of which something can be known.
-pub(crate) fn thread_numbers(pid: Pid) -> Vec<u32> {
+pub(crate) fn thread_numbers(pid: Pid) -> impl Iterator<Item = u32> {
+    let statuses = threads(pid).filter_map(|thread| fs::read(thread.join("status")).ok());
+    statuses.filter_map(|status| own_number(&String::from_utf8_lossy(&status)))
+}
+
+/// Whether the process has ended as far as `/proc/PID` shows, which stands for its first thread, and yet has others. So
+/// it is for a moment whenever a process with threads ends.
+pub(crate) fn is_without_leader(pid: Pid) -> bool {
+    let mut threads = threads(pid).filter(|thread| !thread.ends_with(pid.to_string()));
+    threads.any(|thread| fs::read(thread.join("maps")).is_ok_and(|maps| !maps.is_empty()))
+}
+
+fn threads(pid: Pid) -> impl Iterator<Item = PathBuf> {
     let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    let statuses = threads.filter_map(|thread| fs::read_to_string(thread.path().join("status")).ok());
-    statuses.filter_map(|status| own_number(&status)).collect()
+    threads.map(|thread| thread.path())
 }
 
 fn read_of(pid: Pid, name: &str) -> Result<Option<String>, ListError> {

@@ -9,22 +9,28 @@
 //! - everything, if some process may have been born and have died in between, or the kernel may have taken pages out of
 //!   page tables ([`crate::births`]); of those two, what a comparison finds.
 //!
+//! A process whose first thread has ended, while others run on, shows neither mappings nor page tables: everything counts
+//! as written from when it is seen until a round after it was.
+//!
 //! What remains unseen: a write through a second mapping that a process makes of the same memory (`mremap` with an old
 //! size of 0) and gives up again between two rounds; and a write to a page that the process itself takes out of its page
-//! tables before the next round (`MADV_DONTNEED`, `MADV_PAGEOUT` on shared memory).
+//! tables before the next round (`MADV_DONTNEED`, `MADV_PAGEOUT` on shared memory); and one by a process that the kernel had given its number, but had not
+//! yet put into the control group, when two looks and the listing between them came: it must have been held up in the middle
+//! of its birth.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fs::File;
 use std::io;
+use std::mem;
 use std::time::SystemTime;
 
 use crate::births::Births;
 use crate::contents::{Contents, Look};
 use crate::given_back::GivenBack;
-use crate::maps::{Maps, MapsError};
+use crate::maps::Maps;
 use crate::object::{self, Label, ObjectId, ObjectMapping};
-use crate::process::{Process, Vpid};
+use crate::process::{self, Process, Vpid};
 use crate::range::{PageRange, RangeSet};
 use crate::track::{
     Collected, DirtyTracker, FinalScan, Forgotten, SharedScan, SharedWrites, TrackError, Tracking,
@@ -38,6 +44,8 @@ pub(crate) struct SharedMemory {
     numbers: BTreeMap<ObjectId, u32>,
     /// There has been some.
     is_used: bool,
+    /// Some process hid its memory at the last round.
+    hidden: bool,
 }
 
 /// An object, as the last round has seen it.
@@ -116,14 +124,15 @@ impl SharedMemory {
         let maps = processes.iter().filter_map(|process| match Maps::of(process.pid) {
             Ok(maps) => Some((*process, maps)),
             Err(error) => {
-                unsure |= !error.is_of_the_gone();
+                unsure |= !error.is_gone();
                 None
             }
         });
         let maps: Vec<_> = maps.collect();
         let Ok(objects) = object::carried(&maps) else { return Vec::new() };
         self.is_used |= !objects.is_empty();
-        unsure |= self.births.is_unsure(processes);
+        let hidden = some_hide(&maps);
+        unsure |= self.births.is_unsure(processes) | hidden | mem::replace(&mut self.hidden, hidden);
         self.births.forgive();
         let scans = scans(&objects, |process, pages| tracker.collect_shared(process, pages));
         self.objects.retain(|id, _| objects.contains_key(id));
@@ -190,7 +199,7 @@ impl SharedMemory {
         compares: bool,
     ) -> Result<Vec<FinalScan>, TrackError> {
         let objects = object::carried(maps).map_err(TrackError::Shared)?;
-        let unsure = self.births.is_unsure(processes);
+        let unsure = self.births.is_unsure(processes) | self.hidden | some_hide(maps);
         let mut tracker = tracker.shared();
         let scans = scans(&objects, |process, pages| match &mut tracker {
             Some(tracker) => tracker.scan_shared(process, pages),
@@ -300,6 +309,11 @@ impl Known {
     }
 }
 
+/// Whether some process has memory that it does not show.
+fn some_hide(maps: &[(Process, Maps)]) -> bool {
+    maps.iter().any(|(process, maps)| maps.regions().is_empty() && process::is_without_leader(process.pid))
+}
+
 /// What `scan` says of each process that has an object mapped.
 fn scans(
     objects: &Objects,
@@ -351,17 +365,4 @@ fn common(mapping: &ObjectMapping, others: &[ObjectMapping]) -> RangeSet {
 fn in_order(mut runs: Vec<PageRange>) -> RangeSet {
     runs.sort_unstable_by_key(|run| run.start());
     runs.into_iter().collect()
-}
-
-impl MapsError {
-    /// Whether the process has ended, so that there is nothing to know of it.
-    pub(crate) fn is_of_the_gone(&self) -> bool {
-        match self {
-            Self::Read { source, .. } => {
-                source.kind() == io::ErrorKind::NotFound
-                    || source.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
-            }
-            Self::Line { .. } => false,
-        }
-    }
 }

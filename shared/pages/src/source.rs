@@ -251,14 +251,14 @@ impl SourceEngine {
         all
     }
 
-    /// What the adaptive policy lets this round send, and how long it may take.
+    /// What this round sends under the adaptive policy, and how long it may take under any.
     fn quota(&self, pace: Pace) -> (Quota, Option<Duration>) {
         let (mut pending, mut known) = (Census::default(), Census::default());
         if self.options.policy != TransferPolicy::Adaptive {
-            return (Quota { pages: pending, last: pace.last }, None);
+            return (Quota { pages: pending, last: pace.last }, pace.within);
         }
         self.ledgers.values().for_each(|ledger| ledger.tally(&mut pending, &mut known));
-        let limit = adaptive::time_limit(pace, pending.total());
+        let limit = [adaptive::time_limit(pace, pending.total()), pace.within].into_iter().flatten().min();
         (adaptive::quota(&self.timeline, &pending, &known, pace), limit)
     }
 

@@ -356,6 +356,25 @@ fn what_a_round_leaves_is_what_the_freeze_finds() {
 }
 
 #[test]
+fn a_round_whose_time_is_up_leaves_the_rest_whatever_the_policy() {
+    let history = TransferPolicy::History { window: 3, threshold: 2 };
+    for policy in [TransferPolicy::All, history, TransferPolicy::Adaptive] {
+        let mut target = Target::start();
+        target.tell("map 0 9000; write 0 0 9000");
+        let tracker = best(&target);
+        let mut moving = Move::begin(target, tracker, policy);
+        let within = Some(Duration::ZERO);
+        let Move { source, store, .. } = &mut moving;
+        let round =
+            source.round(Pace { within, ..Pace::default() }, &mut |batch| into(store, &batch)).unwrap();
+        assert!(round.data_pages < 3000 && round.pending_pages > 6000, "{policy:?}: {round:?}");
+        let round = moving.round();
+        assert!(round.data_pages >= 5000, "{policy:?}: {round:?}");
+        moving.finish();
+    }
+}
+
+#[test]
 fn what_is_owed_at_the_freeze_and_comes_later_is_what_was_frozen() {
     for policy in [TransferPolicy::All, TransferPolicy::Adaptive] {
         for tracker in trackers() {

@@ -91,6 +91,9 @@ pub struct RunRound {
     /// The next one begins no sooner after this one's beginning: it may as well send for as long.
     #[serde(default)]
     pub interval: Micros,
+    /// How long it may go on for, with the pause; what it has not sent by then is left.
+    #[serde(default)]
+    pub within: Option<Micros>,
 }
 
 /// The answer to [`RunRound`], and what the record keeps of a round.

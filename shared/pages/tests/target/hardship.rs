@@ -158,6 +158,9 @@ fn what_cannot_be_dumped_is_noticed() {
     let mut target = Target::start();
     target.tell("io_uring");
     assert_eq!(found(&target), Some(Obstacle::IoUring));
+    let mut target = Target::start();
+    target.tell("map 0 50; shared 1 50; orphans");
+    until(|| found(&target) == Some(Obstacle::LeaderExited));
 }
 
 /// While it is frozen it is told from those that wait for the kernel.

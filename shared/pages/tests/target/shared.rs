@@ -75,6 +75,25 @@ fn shared_memory_written_to_in_the_last_moment_by_one_that_is_gone() {
 }
 
 #[test]
+fn shared_memory_written_to_by_a_process_whose_first_thread_has_ended() {
+    if cannot_write_protect() {
+        return;
+    }
+    for rounds in [1, 3] {
+        let mut target = Target::start_apart();
+        target.tell("shared 0 600; write 0 0 600; orphans");
+        let mut moving =
+            Move::begin(target, Box::new(WriteProtect::new().unwrap()), TransferPolicy::default());
+        for _ in 0..rounds {
+            moving.round();
+        }
+        moving.target.signal_children();
+        moving.tell("write 0 500 1; write 0 500 1");
+        moving.finish();
+    }
+}
+
+#[test]
 fn memfds_that_are_written_to_by_mappings_and_descriptors() {
     on_all("memfd 0 700; write 0 0 300; pwrite 0 300 100; memfd 1 50; pwrite 1 0 50; reader 2 1", |moving| {
         moving.round();

@@ -200,6 +200,7 @@ int main(int argc, char **argv) {
         else if (!strcmp(word, "onto")) { check(mremap(at, region[a].pages * PAGE, region[a].pages * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, region[b].at), word); region[b].pages = region[a].pages; region[a].at = 0; }
         else if (!strcmp(word, "brk")) { char *heap = sbrk(a * PAGE); if (heap == (char *)-1) fail(word); for (unsigned long i = 0; i < a; i++) fill(heap + i * PAGE); }
         else if (!strcmp(word, "thread")) { if (pthread_create(&thread, 0, idle, 0)) fail(word); }
+        else if (!strcmp(word, "orphans")) { pid_t child = fork(); if (child < 0) fail(word); if (!child) { signal(SIGUSR1, childwork); if (pthread_create(&thread, 0, crowd, 0)) fail(word); pthread_exit(0); } }
         else if (!strcmp(word, "numbers")) { int f = open("/proc/sys/kernel/ns_last_pid", O_WRONLY); if (dprintf(f, "%lu", a) < 1) fail(word); close(f); }
         else if (!strcmp(word, "crowd")) {
             pthread_attr_t small;
