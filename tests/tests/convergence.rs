@@ -60,6 +60,20 @@ fn a_downtime_that_cannot_be_kept_by_the_deadline_is_refused_and_nothing_is_touc
         for host in fleet.hosts() {
             nothing_left_on(host)?;
         }
+        // In the first round already, whose end nobody waits for.
+        Client::connect(redis.server())?.fill(64)?;
+        for policy in ["all", "phaul", "adaptive"] {
+            let limits =
+                ["--max-downtime", "500", "--deadline", "2", "--bandwidth", "4MB/s", "--compress", "none"];
+            let options = [&limits[..], &["--policy", policy]].concat();
+            let moved = fleet.start_migration_with("web", 0, 1, &options)?.wait(LIMIT)?;
+            ensure!(moved.code == "cannot_converge", "{policy}: {}", moved.result);
+            let rounds = moved.result.pointer("/facts/rounds").and_then(Value::as_array);
+            let sent = rounds.into_iter().flatten().filter_map(|round| round["sent"].as_u64()).sum::<u64>();
+            ensure!((1..4 << 10).contains(&sent), "{policy}: {sent} pages: {}", moved.result);
+            redis.carries_on()?;
+            only_on(fleet, "web", 0)?;
+        }
         // The deadline alone refuses nothing.
         fleet.start_migration_with("web", 0, 1, &["--deadline", "1"])?.wait(LIMIT)?.committed()?;
         redis.carries_on()?;

@@ -435,7 +435,7 @@ fn best_tracker(cgroup_procs: &Path) -> (Box<dyn DirtyTracker>, Option<String>) 
 }
 
 /// Pages read between two looks at the time.
-const PIECE: u64 = 2048;
+const PIECE: u64 = 512;
 
 /// `wanted` in pieces, when a round is to end in time.
 fn pieces(wanted: RangeSet, in_time: bool) -> Vec<RangeSet> {
