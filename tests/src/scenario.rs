@@ -165,11 +165,14 @@ awk '$5 ~ /haul|pagemap|criu/ && $5 !~ /^.(run.netns|opt.haulage)./ && index($5,
 ours=$(readlink /proc/self/ns/net)
 for process in /proc/[0-9]*; do
     case $(cat $process/comm 2>/dev/null) in
-    criu | haul-runtime | runc | iptables-resto* | ip6tables-rest*)
+    criu | haul-runtime | haul-page-serve | runc | iptables-resto* | ip6tables-rest*)
         # One that a service has started may be in the network of a container.
         parent=/proc/$(awk '$1 == \"PPid:\" { print $2 }' $process/status 2>/dev/null)
         [ \"$(readlink $process/ns/net)\" != \"$ours\" ] && [ \"$(readlink $parent/ns/net)\" != \"$ours\" ] ||
             echo \"process: $(tr '\\0' ' ' <$process/cmdline)\" ;;
+    haul-*)
+        [ \"$(readlink $process/ns/net)\" = \"$ours\" ] && readlink $process/fd/* | grep -F userfaultfd
+        ;;
     esac
 done
 true";
