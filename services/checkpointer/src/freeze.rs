@@ -35,10 +35,14 @@ pub(crate) const FREEZE_WITHIN: Duration = Duration::from_secs(5);
 /// How long to wait for `docker exec` sessions and health checks to end.
 const EXECS_END_WITHIN: Duration = Duration::from_secs(5);
 const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(20);
+/// How long what was prepared waits for a freeze, which else prepares it anew: its migration may have ended unnoticed, as
+/// when this service was restarted with the request still on its way.
+const WAITS_FOR: Duration = Duration::from_secs(600);
 
 /// What a freeze needs beforehand and what changes nothing: CRIU waits, and so does what will silence the network. Dropping
 /// it ends them.
 pub(crate) struct Prepared {
+    at: Instant,
     bundle: BundleFacts,
     network: Network,
     mask: PagemapMask,
@@ -72,14 +76,26 @@ pub(crate) async fn prepare_freeze(
 ) -> Result<FreezePrepared, Fault> {
     let ask = ask.freeze;
     let captured = unchanged(&service, &migration, &ask).await?;
+    let (keeper, of) = (service.clone(), migration.clone());
     let work = move || {
         let (bundle, processes) = movable(&captured)?;
-        let prepared = prepare(&service, &migration, bundle, &processes, ask.network)?;
+        let prepared = prepare(&keeper, &of, bundle, &processes, ask.network)?;
+        let at = prepared.at;
         // Whatever was there before ends here, at leisure.
-        drop(service.prepared.put(&migration, prepared));
-        Ok(FreezePrepared {})
+        drop(keeper.prepared.put(&of, prepared));
+        Ok(at)
     };
-    joined(tokio::task::spawn_blocking(work).await)
+    let at = joined(tokio::task::spawn_blocking(work).await)?;
+    tokio::spawn(async move {
+        tokio::time::sleep(WAITS_FOR).await;
+        let late = service.prepared.take_if(&migration, |prepared| prepared.at == at);
+        if late.is_some() {
+            tracing::warn!(%migration, "no freeze has come for what was prepared");
+            // Which waits for processes to end.
+            tokio::task::spawn_blocking(move || drop(late));
+        }
+    });
+    Ok(FreezePrepared {})
 }
 
 pub(crate) async fn freeze(
@@ -152,7 +168,7 @@ fn prepare(
     mask.call_criu(bundle.init_pid, (criu_s, ipc), memfds, &work).map_err(fault(FREEZE))?;
     let namespace = quiet::namespace_of(bundle.init_pid).map_err(fault(FREEZE))?;
     let change = quiet::Change::to_silence(&namespace).map_err(fault(FREEZE))?;
-    Ok(Prepared { bundle, network, mask, silence: Silence { namespace, change } })
+    Ok(Prepared { at: Instant::now(), bundle, network, mask, silence: Silence { namespace, change } })
 }
 
 /// Everything up to the standstill: what was prepared, if it is still of use, and notes.

@@ -72,7 +72,12 @@ impl<T> Kept<T> {
     }
 
     fn take(&self, migration: &MigrationId) -> Option<T> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(migration)
+        self.take_if(migration, |_| true)
+    }
+
+    fn take_if(&self, migration: &MigrationId, is_meant: impl FnOnce(&T) -> bool) -> Option<T> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.get(migration).is_some_and(is_meant).then(|| all.remove(migration)).flatten()
     }
 }
 
@@ -134,4 +139,19 @@ pub async fn serve(shell: &mut Shell) -> Result<(), Box<dyn Error + Send + Sync>
         .answer::<RollBack, _, _>(move |at, ask| roll_back::roll_back(service.clone(), at.migration, ask))
         .await?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_has_been_replaced_is_not_taken_for_what_it_was() {
+        let (kept, migration) = (Kept::default(), MigrationId::generate());
+        assert!(kept.put(&migration, 1).is_none());
+        assert_eq!(kept.put(&migration, 2), Some(1));
+        assert_eq!(kept.take_if(&migration, |one| *one == 1), None);
+        assert_eq!(kept.take_if(&migration, |one| *one == 2), Some(2));
+        assert_eq!(kept.take(&migration), None);
+    }
 }
