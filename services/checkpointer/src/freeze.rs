@@ -86,11 +86,13 @@ pub(crate) async fn prepare_freeze(
         Ok(at)
     };
     let at = joined(tokio::task::spawn_blocking(work).await)?;
+    let service = Arc::downgrade(&service);
     tokio::spawn(async move {
         tokio::time::sleep(WAITS_FOR).await;
+        let Some(service) = service.upgrade() else { return };
         let late = service.prepared.take_if(&migration, |prepared| prepared.at == at);
         if late.is_some() {
-            tracing::warn!(%migration, "no freeze has come for what was prepared");
+            tracing::info!(%migration, "no freeze has come yet for what was prepared: it ends");
             // Which waits for processes to end.
             tokio::task::spawn_blocking(move || drop(late));
         }

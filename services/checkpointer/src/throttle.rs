@@ -37,7 +37,7 @@ struct Notes {
     /// What the container used in a period when it was not yet slowed down, in microseconds.
     used: u64,
     period: u64,
-    /// What we have written to the file, from before it was.
+    /// What we have written to the file, from before it was; not known of an older version of this.
     #[serde(default)]
     written: Vec<String>,
 }
@@ -130,6 +130,10 @@ impl Notes {
 
     /// Leaves the container so many percent of what it used, and notes that at `path` first.
     fn keep(&mut self, percent: u8, path: &Path) -> io::Result<()> {
+        let now = fs::read_to_string(&self.file)?.trim().to_owned();
+        if !self.written.is_empty() && now != self.before && !self.written.contains(&now) {
+            self.before = now;
+        }
         let quota = (self.used.saturating_mul(percent.into()) / 100).max(LEAST_QUOTA);
         let text = match self.before.contains(' ') {
             true => format!("{quota} {}", self.period),
@@ -142,10 +146,10 @@ impl Notes {
 
     fn put_back(&self) -> io::Result<()> {
         let now = fs::read_to_string(&self.file)?;
-        match self.written.iter().any(|ours| ours == now.trim()) {
-            true => fs::write(&self.file, &self.before),
-            false => Ok(()),
+        if self.written.is_empty() || self.written.iter().any(|ours| ours == now.trim()) {
+            fs::write(&self.file, &self.before)?;
         }
+        Ok(())
     }
 }
 
@@ -179,6 +183,7 @@ mod tests {
         for (before, keep, quota) in
             [("-1", 25, "20000"), ("max 100000", 50, "40000 100000"), ("-1", 0, "1000")]
         {
+            fs::write(&file, before).unwrap();
             noted(file.clone(), before).keep(keep, &home.join(FILE)).unwrap();
             assert_eq!(fs::read_to_string(&file).unwrap(), quota);
         }
@@ -188,6 +193,7 @@ mod tests {
     fn what_was_noted_is_put_back_once_and_a_cgroup_that_is_gone_is_no_error() {
         let dir = tempfile::tempdir().unwrap();
         let (home, file) = (dir.path().join("migration"), dir.path().join("quota"));
+        fs::write(&file, "-1\n").unwrap();
         let mut notes = noted(file.clone(), "-1");
         notes.keep(50, &home.join(FILE)).unwrap();
         // The next step was noted and not made.
@@ -199,6 +205,10 @@ mod tests {
         fs::write(&file, "5").unwrap();
         end(&home).unwrap();
         assert_eq!(fs::read_to_string(&file).unwrap(), "5");
+        // As a version wrote them that did not know what else it had written.
+        notes::write(&home.join(FILE), &noted(file.clone(), "-1")).unwrap();
+        end(&home).unwrap();
+        assert_eq!(fs::read_to_string(&file).unwrap(), "-1");
         notes::write(&home.join(FILE), &noted(dir.path().join("gone/quota"), "-1")).unwrap();
         end(&home).unwrap();
         assert!(!home.exists());
@@ -208,10 +218,18 @@ mod tests {
     fn a_quota_that_somebody_else_has_set_meanwhile_stays() {
         let dir = tempfile::tempdir().unwrap();
         let (home, file) = (dir.path().join("migration"), dir.path().join("quota"));
-        noted(file.clone(), "max 100000").keep(50, &home.join(FILE)).unwrap();
-        fs::write(&file, "150000 100000\n").unwrap();
-        end(&home).unwrap();
-        assert_eq!(fs::read_to_string(&file).unwrap(), "150000 100000\n");
-        assert!(!home.exists());
+        for another_step in [false, true] {
+            fs::write(&file, "max 100000\n").unwrap();
+            let mut notes = noted(file.clone(), "max 100000");
+            notes.keep(50, &home.join(FILE)).unwrap();
+            fs::write(&file, "150000 100000\n").unwrap();
+            if another_step {
+                notes.keep(25, &home.join(FILE)).unwrap();
+                assert_eq!(fs::read_to_string(&file).unwrap(), "20000 100000");
+            }
+            end(&home).unwrap();
+            assert_eq!(fs::read_to_string(&file).unwrap().trim(), "150000 100000");
+            assert!(!home.exists());
+        }
     }
 }

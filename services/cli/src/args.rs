@@ -78,9 +78,9 @@ pub(crate) struct Migrate {
     /// Pre-copy until the container is predicted to stand still for no longer than this [default: 150]
     #[arg(long, value_name = "MS")]
     pub(crate) max_downtime: Option<u64>,
-    /// Pre-copy for no longer than so many seconds. If --max-downtime was given, rounds end then, and where it cannot be
-    /// kept all is undone; without it the first round is completed, and the container is frozen. Without a deadline it is
-    /// frozen when more rounds no longer help.
+    /// Pre-copy for no longer than so many seconds; with --max-downtime or --post-copy a round that is under way ends
+    /// then, else it is completed. The container is frozen, unless --max-downtime was given and cannot be kept: then all
+    /// is undone. Without a deadline it is frozen when more rounds no longer help.
     #[arg(long, value_name = "S")]
     pub(crate) deadline: Option<u64>,
     /// Which dirty pages a round sends: all, phaul (all, and rounds end by P.Haul's rule), history[:WINDOW,THRESHOLD]

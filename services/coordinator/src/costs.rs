@@ -31,7 +31,10 @@ impl CostTable {
     /// Notes what a migration that is over has cost.
     pub(crate) async fn note(&self, record: &Migration) {
         let Some((cost, from)) = cost_of(record).zip(record.source()) else { return };
-        let Some(shape) = record.facts.inspected.as_ref().map(Shape::from) else { return };
+        let Some(inspected) = record.facts.inspected.as_ref().map(Shape::from) else { return };
+        // There may have been others by then.
+        let processes = record.facts.frozen.as_ref().map_or(inspected.processes, |frozen| frozen.processes);
+        let shape = Shape { processes, ..inspected };
         let key = subject::cost_key(from, &record.job.to);
         let noted = async {
             match self.table.get(&key).await? {

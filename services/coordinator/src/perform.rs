@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use haulage_migration::pace::Pacing;
-use haulage_migration::{Effect, Migration, Phase, Success, allowance, forecast, time_left};
+use haulage_migration::{Effect, Migration, Phase, Success, allowance, forecast, round_within};
 use haulage_protocol::checkpointer::{
     Commit, Confirm, Dump, Freeze, Inspect, Inspected, Locate, Located, Network, PrepareFreeze, RollBack,
     SourceRoot, SourceTmpfs, Throttle, Unthrottle,
@@ -195,14 +195,16 @@ impl Ask<'_> {
         let fixed = self.record.fixed().cost;
         let now = now();
         let Pacing { interval, pause } = self.record.pacing(now);
+        let last = self.record.phase == Phase::Settle;
+        let after_preparing = last && self.record.settled() == 0;
         RunRound {
             round,
             rate: forecast(rounds, fixed).rate,
             allowance: allowance(rounds, options, fixed),
-            last: self.record.phase == Phase::Settle,
+            last,
             pause,
             interval,
-            within: time_left(options, self.record.pre_copied(now)),
+            within: round_within(options, fixed, self.record.pre_copied(now), after_preparing),
         }
     }
 

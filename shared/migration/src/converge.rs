@@ -206,11 +206,12 @@ pub fn decide(
     fixed: Micros,
     elapsed: Micros,
 ) -> Decision {
-    if options.policy == Policy::Phaul && time_left(options, elapsed) != Some(Micros(0)) {
+    if options.policy == Policy::Phaul && !is_late(options, elapsed) {
         return if phaul_goes_on(rounds) { Decision::Again } else { Decision::Freeze(Why::Phaul) };
     }
     // What is left when it is prepared is sent afterwards.
-    let early = options.policy == Policy::Adaptive && is_possible(options, fixed);
+    let early =
+        options.policy == Policy::Adaptive && is_possible(options, fixed) && !is_late(options, elapsed);
     let slack = if early { PREPARING } else { Micros(0) };
     match rounds {
         [] => Decision::Again,
@@ -242,7 +243,7 @@ pub fn settle(
     if settled.is_empty() {
         return Decision::Again;
     }
-    if options.policy == Policy::Phaul && time_left(options, elapsed) != Some(Micros(0)) {
+    if options.policy == Policy::Phaul && !is_late(options, elapsed) {
         return Decision::Freeze(Why::Phaul);
     }
     if predicted(rounds, fixed) <= aim(options, fixed) {
@@ -308,7 +309,7 @@ fn give_up(options: &Options, fixed: Micros, elapsed: Micros, why: Why) -> Decis
     match why {
         Why::Stalled if strict && !is_late(options, elapsed) && possible => Decision::Again,
         // What the switch alone exceeds, post-copy exceeds too.
-        _ if options.post_copy && (possible || !strict) => Decision::PostCopy(why),
+        _ if may_owe(options) && (possible || !strict) => Decision::PostCopy(why),
         _ if !strict => Decision::Freeze(why),
         _ => Decision::Refuse(why),
     }
@@ -324,12 +325,30 @@ fn is_possible(options: &Options, fixed: Micros) -> bool {
     aim(options, fixed) >= fixed
 }
 
-/// How long rounds may go on after `elapsed`, where what is left then does not go in the freeze. Else the first copy is
-/// made whole, whatever the deadline: without it the freeze would take as long.
+/// How long rounds may go on after `elapsed`, where what is left then does not go in the freeze. Else a round that is under
+/// way is completed, whatever the deadline: without it the freeze would take as long.
 #[must_use]
 pub fn time_left(options: &Options, elapsed: Micros) -> Option<Micros> {
     let deadline = Micros(options.deadline_ms?.saturating_mul(1000));
-    (is_strict(options) || options.post_copy).then(|| deadline.since(elapsed))
+    (is_strict(options) || may_owe(options)).then(|| deadline.since(elapsed))
+}
+
+/// How long the next round may take, with a switch that costs `fixed`. If it is the first one `after_preparing` the target,
+/// it has time for what was written meanwhile, which was known beforehand, and for what was left within the downtime.
+#[must_use]
+pub fn round_within(
+    options: &Options,
+    fixed: Micros,
+    elapsed: Micros,
+    after_preparing: bool,
+) -> Option<Micros> {
+    let least = if after_preparing { PREPARING + aim(options, fixed).since(fixed) } else { Micros(0) };
+    Some(time_left(options, elapsed)?.max(least))
+}
+
+/// Whether memory may follow when the container runs on the target.
+fn may_owe(options: &Options) -> bool {
+    options.post_copy && options.policy != Policy::Phaul
 }
 
 fn is_late(options: &Options, elapsed: Micros) -> bool {

@@ -104,22 +104,23 @@ impl fmt::Display for Fixed {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Costs {
     /// Latest last, each turned to what [`Shape::SMALL`] would have cost.
-    latest: Vec<Micros>,
+    #[serde(default)]
+    small: Vec<Micros>,
 }
 
 impl Costs {
     /// One more, of a container of this shape.
     pub fn note(&mut self, cost: Micros, shape: Shape) {
-        self.latest.push(scaled(cost, shape, Shape::SMALL));
-        let old = self.latest.len().saturating_sub(LATEST);
-        self.latest.drain(..old);
+        self.small.push(scaled(cost, shape, Shape::SMALL));
+        let old = self.small.len().saturating_sub(LATEST);
+        self.small.drain(..old);
     }
 
     /// What the next one of [`Shape::SMALL`] is taken to cost: the median, of an even number the lower one, since a machine that was busy
     /// with something else has made some of them long.
     #[must_use]
     pub fn fixed(&self) -> Fixed {
-        let mut sorted = self.latest.clone();
+        let mut sorted = self.small.clone();
         sorted.sort_unstable();
         let middle = sorted.get(sorted.len().saturating_sub(1) / 2);
         let moves = u32::try_from(sorted.len()).unwrap_or(u32::MAX);
@@ -156,7 +157,7 @@ mod tests {
         assert_eq!(costs(&[1, 9000, 7]).fixed().cost, Micros(7));
         // The first has been forgotten.
         let nine = costs(&[1, 10, 10, 10, 10, 20, 20, 20, 20]);
-        assert_eq!((nine.latest.len(), nine.fixed().cost), (LATEST, Micros(10)));
+        assert_eq!((nine.small.len(), nine.fixed().cost), (LATEST, Micros(10)));
     }
 
     #[test]

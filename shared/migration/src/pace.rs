@@ -17,7 +17,7 @@ use haulage_protocol::page_shipper::RoundReport;
 use haulage_protocol::policy::Policy;
 use haulage_protocol::unit::{Micros, Pages};
 
-use crate::converge::{MOST_SETTLING, is_strict, nowhere, of};
+use crate::converge::{MOST_SETTLING, is_strict, nowhere, of, time_left};
 
 /// What the first write to a page after a round costs its process, in microseconds. Measured: 0.7 to 1.0 µs.
 const FAULT: u64 = 1;
@@ -54,10 +54,14 @@ pub struct Pacing {
 #[must_use]
 pub fn pacing(rounds: &[RoundReport], options: &Options, elapsed: Micros, ago: Ago, settles: bool) -> Pacing {
     let interval = interval(rounds, options, elapsed, ago, settles);
-    let until =
-        options.deadline_ms.map_or(Micros(u64::MAX), |ms| Micros(ms.saturating_mul(1000)).since(elapsed));
-    let pause = if rounds.is_empty() { Micros(0) } else { interval.since(ago.last).min(until) };
-    Pacing { interval, pause }
+    let Some(last) = rounds.last() else { return Pacing { interval, pause: Micros(0) } };
+    // A round that ends by the deadline needs time before that.
+    let until = match (time_left(options, elapsed), options.deadline_ms) {
+        (Some(left), _) => left.since(last.took),
+        (None, Some(deadline)) => Micros(deadline.saturating_mul(1000)).since(elapsed),
+        (None, None) => Micros(u64::MAX),
+    };
+    Pacing { interval, pause: interval.since(ago.last).min(until) }
 }
 
 fn interval(rounds: &[RoundReport], options: &Options, elapsed: Micros, ago: Ago, settles: bool) -> Micros {

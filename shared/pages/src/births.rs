@@ -31,7 +31,7 @@ use crate::process::{self, Generation, Process, Vpid};
 /// A program that does nothing; every system has one.
 const PROGRAM: &str = "true";
 
-/// Whose more numbers are is not looked for.
+/// Whose more numbers are is not looked for, nor among more threads than that, which takes some 10 us for each.
 const MANY: usize = 4096;
 
 /// Looks at a container's pid namespace and at the kernel's counter. Until both have been seen twice, anything may have
@@ -85,13 +85,13 @@ impl Births {
         // One that has ended since it was listed is missed by whoever compares mappings.
         let mut others = processes.iter().filter_map(|process| fs::metadata(path(*process)).ok());
         self.unsure |= ours.is_none() || others.any(|other| Some(other.ino()) != ours);
-        let mut unknown = mem::take(&mut self.passed_over);
+        let (mut unknown, mut room) = (mem::take(&mut self.passed_over), MANY);
         for process in processes {
-            if self.unsure || unknown.is_empty() {
+            if self.unsure || unknown.is_empty() || room == 0 {
                 break;
             }
             if self.listed.get(&process.vpid) == Some(process) {
-                process.claim(&mut unknown);
+                process.claim(&mut unknown, &mut room);
             }
         }
         self.unsure |= !unknown.is_empty();
@@ -120,9 +120,9 @@ impl Look {
 }
 
 impl Process {
-    /// Takes the numbers of its threads out of `unknown`, where it is older.
-    fn claim(self, unknown: &mut BTreeMap<u32, Generation>) {
-        let numbers = process::thread_numbers(self.pid);
+    /// Takes the numbers of its threads out of `unknown`, where it is older, as long as there is room for them.
+    fn claim(self, unknown: &mut BTreeMap<u32, Generation>, room: &mut usize) {
+        let numbers = process::thread_numbers(self.pid).take(*room).inspect(|_| *room -= 1);
         let is_ours = |number: &u32| unknown.get(number).is_some_and(|since| self.generation < *since);
         let ours: BTreeSet<u32> = numbers.filter(is_ours).collect();
         // Its place in /proc may be somebody else's by now.

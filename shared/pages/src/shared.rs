@@ -12,11 +12,13 @@
 //! A process whose first thread has ended, while others run on, shows neither mappings nor page tables: everything counts
 //! as written from when it is seen until a round after it was.
 //!
-//! What remains unseen: a write through a second mapping that a process makes of the same memory (`mremap` with an old
-//! size of 0) and gives up again between two rounds; and a write to a page that the process itself takes out of its page
-//! tables before the next round (`MADV_DONTNEED`, `MADV_PAGEOUT` on shared memory); and one by a process that the kernel had given its number, but had not
-//! yet put into the control group, when two looks and the listing between them came: it must have been held up in the middle
-//! of its birth.
+//! What remains unseen is a write
+//! - through a second mapping that a process makes of the same memory (`mremap` with an old size of 0) and gives up again
+//!   between two rounds;
+//! - to a page that the process itself takes out of its page tables before the next round (`MADV_DONTNEED`, `MADV_PAGEOUT`
+//!   on shared memory);
+//! - by a process that the kernel had given its number, but had not yet put into the control group, when a look and the
+//!   listing after it came: it must have been held up in the middle of its birth.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;

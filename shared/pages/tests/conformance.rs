@@ -358,16 +358,26 @@ fn what_a_round_leaves_is_what_the_freeze_finds() {
 #[test]
 fn a_round_whose_time_is_up_leaves_the_rest_whatever_the_policy() {
     let history = TransferPolicy::History { window: 3, threshold: 2 };
-    for policy in [TransferPolicy::All, history, TransferPolicy::Adaptive] {
+    // On a way that takes 1.2 s for what is sent between two looks at the time, or at once.
+    for (policy, seconds, most) in [
+        (TransferPolicy::All, 1, 1024),
+        (TransferPolicy::All, 0, 0),
+        (history, 0, 0),
+        (TransferPolicy::Adaptive, 0, 0),
+    ] {
         let mut target = Target::start();
         target.tell("map 0 9000; write 0 0 9000");
         let tracker = best(&target);
         let mut moving = Move::begin(target, tracker, policy);
-        let within = Some(Duration::ZERO);
+        let pace = Pace { within: Some(Duration::from_secs(seconds)), ..Pace::default() };
         let Move { source, store, .. } = &mut moving;
-        let round =
-            source.round(Pace { within, ..Pace::default() }, &mut |batch| into(store, &batch)).unwrap();
-        assert!(round.data_pages < 3000 && round.pending_pages > 6000, "{policy:?}: {round:?}");
+        let round = source.round(pace, &mut |batch| {
+            std::thread::sleep(Duration::from_millis(150 * seconds));
+            into(store, &batch)
+        });
+        let round = round.unwrap();
+        assert!(round.data_pages <= most && round.pending_pages >= 9000 - most, "{policy:?}: {round:?}");
+        assert!((round.data_pages > 0) == (most > 0), "{policy:?}: {round:?}");
         let round = moving.round();
         assert!(round.data_pages >= 5000, "{policy:?}: {round:?}");
         moving.finish();
