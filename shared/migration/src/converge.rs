@@ -327,8 +327,7 @@ fn is_possible(options: &Options, fixed: Micros) -> bool {
 
 /// How long rounds may go on after `elapsed`, where what is left then does not go in the freeze. Else a round that is under
 /// way is completed, whatever the deadline: without it the freeze would take as long.
-#[must_use]
-pub fn time_left(options: &Options, elapsed: Micros) -> Option<Micros> {
+pub(crate) fn time_left(options: &Options, elapsed: Micros) -> Option<Micros> {
     let deadline = Micros(options.deadline_ms?.saturating_mul(1000));
     (is_strict(options) || may_owe(options)).then(|| deadline.since(elapsed))
 }

@@ -16,7 +16,7 @@ pub mod trace;
 
 pub use converge::{
     ASSUMED_RATE, Convergence, Decision, Forecast, Slowdown, Why, aim, allowance, decide, forecast,
-    predicted, round_within, settle, time_left,
+    predicted, round_within, settle,
 };
 pub use effect::{Effect, Persistence, Success};
 pub use machine::{Event, IllegalEvent, Transition};
